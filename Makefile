@@ -1,0 +1,47 @@
+# make demo: train, checkpoint, resume, generate.  make test: all that CI runs on one Python.
+PYTHON ?= python3
+VENV ?= .venv
+# More requirements for every installation, for example PINS="jax==0.11.2".
+PINS ?=
+PYTEST_ARGS ?=
+
+# Modules are compiled when first imported: most of what is installed never is.
+PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile
+
+.PHONY: venv demo test parity notebooks lint clean
+
+venv: $(VENV)/.core
+
+$(VENV)/.core: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("whalejax needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e . $(PINS)
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.core
+	$(PIP_INSTALL) -e '.[test]' $(PINS)
+	@touch $@
+
+$(VENV)/.torch: pyproject.toml | $(VENV)/.test
+	$(PIP_INSTALL) -e '.[test,torch]' $(PINS)
+	@touch $@
+
+demo: venv
+	$(VENV)/bin/whalejax demo
+
+test: $(VENV)/.test
+	$(VENV)/bin/pytest -n 2 $(PYTEST_ARGS)
+
+# Against transformers' DeepSeek models in PyTorch on the CPU.
+parity: $(VENV)/.torch
+	$(VENV)/bin/pytest tests/parity $(PYTEST_ARGS)
+
+notebooks: $(VENV)/.test
+	$(VENV)/bin/pytest --nbmake --nbmake-timeout=300 notebooks $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf .venv .venv312 build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

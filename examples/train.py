@@ -1,0 +1,73 @@
+"""Trains a preset on random or real tokens with `jit` over a mesh, on the public API alone.
+
+python examples/train.py --preset small --steps 30 --batch-size 16 --length 4096 --dtype bf16
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from whalejax.data.corpus import standard_library
+from whalejax.data.loader import batch_at
+from whalejax.data.tokens import join
+from whalejax.model.decoder import Execution
+from whalejax.model.sharding import batch_sharding
+from whalejax.parallel.mesh import MeshConfig, make_mesh
+from whalejax.presets import PRESETS
+from whalejax.tokenizer import ByteTokenizer
+from whalejax.training.metrics import peak_flops, training_flops_per_token
+from whalejax.training.optimizer import OptimizerConfig
+from whalejax.training.step import StepConfig, compile_step, init_state
+
+
+def main() -> None:
+    """Parses the arguments, trains, and prints speed, MFU and memory."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="tiny")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
+    parser.add_argument("--rematerialise", default="none")
+    parser.add_argument("--data-parallel", type=int, default=1)
+    args = parser.parse_args()
+
+    model, mesh = PRESETS[args.preset], make_mesh(MeshConfig(data=args.data_parallel))
+    config = StepConfig(
+        steps=args.steps,
+        accumulate=args.accumulate,
+        optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=args.steps // 4),
+        execution=Execution(
+            dtype={"f32": jnp.float32, "bf16": jnp.bfloat16}[args.dtype],
+            rematerialise=args.rematerialise,
+            mesh=mesh if mesh.size > 1 else None,
+        ),
+    )
+    tokens = join(standard_library().train, ByteTokenizer())
+    state = init_state(model, config, mesh, seed=0)
+    step = compile_step(model, config, mesh)
+    shape = (args.accumulate, args.batch_size // args.accumulate, args.length + 1)
+    sharding = batch_sharding(mesh, leading=1)
+    times = []
+    for i in range(args.steps):
+        rows = batch_at(tokens, step=i, batch=args.batch_size, length=args.length, seed=0)
+        state, metrics = step(state, jax.device_put(np.reshape(rows, shape), sharding))
+        loss = float(metrics["loss_main"])  # waits for the step
+        times.append(time.perf_counter())
+        print(f"step {i + 1}/{args.steps}  loss {loss:.3f}", flush=True)
+
+    seconds = np.median(np.diff(times))  # the first step compiles, and is not among them
+    rate = args.batch_size * args.length / seconds
+    print(f"{rate:,.0f} tokens/s on {mesh.size} x {jax.devices()[0].device_kind}")
+    if peak := peak_flops(jax.devices()[0]):
+        mfu = rate * training_flops_per_token(model, args.length) / (peak * mesh.size)
+        memory = jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 2**30
+        print(f"MFU {mfu:.1%}, peak memory {memory:.1f} GiB a device")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Ops on arrays: nothing here knows a model or a mesh."""

@@ -1,0 +1,43 @@
+"""The grouped matmul by `lax.ragged_dot`: the definition.
+
+XLA:CPU computes it as one dense matmul per group over all rows, G times the work, so it is the
+oracle and not the default.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from whalejax.kernels.permutation.api import aligned, exclusive_cumsum
+
+
+def why_not(x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment: int) -> str | None:
+    """Runs everywhere."""
+    return None
+
+
+def grouped_matmul(
+    x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment: int
+) -> jax.Array:
+    """`x[rows of g] @ w[g].T` for each group g; padding rows are zero."""
+    padded = aligned(group_sizes, alignment)
+    product = jax.lax.ragged_dot_general(
+        x,
+        w,
+        padded,
+        jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((1,), (2,)), ((), ())),
+            lhs_ragged_dimensions=[0],
+            rhs_group_dimensions=[0],
+        ),
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.where(real_rows(group_sizes, x.shape[0], alignment)[:, None], product, 0).astype(
+        x.dtype
+    )
+
+
+def real_rows(group_sizes: jax.Array, rows: int, alignment: int) -> jax.Array:
+    """`bool[rows]`: the row belongs to a group and is not padding."""
+    starts = exclusive_cumsum(aligned(group_sizes, alignment))[None]
+    row = jnp.arange(rows, dtype=starts.dtype)[:, None]
+    return jnp.any((row >= starts) & (row < starts + group_sizes[None]), axis=1)

@@ -1,0 +1,94 @@
+"""Front doors of paged MLA decode: check sizes, choose a backend, call it."""
+
+import jax
+import jax.numpy as jnp
+
+from whalejax.kernels.backend import choose
+
+BACKENDS = {"xla": "whalejax.kernels.mla.reference"}
+
+
+def mla_decode(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    v_dim: int = 512,
+    scale: float,
+    causal: bool = True,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends from new tokens to a paged latent cache that all heads share.
+
+    Args:
+      q: `bf16|f16|f32[b, s_q, h_q, d]`, queries in latent space, the rotary part last.
+      kv_pages: `[pages, page_size, d]` of q's dtype; keys, whose first `v_dim` columns are the
+        values.
+      page_table: `i32[b, max_pages]`, the pages of each sequence in order; entries past a
+        sequence's pages may hold anything.
+      lengths: `i32[b]`, tokens of each sequence in the cache, the s_q new ones included.
+      v_dim: width of the values, kv_lora_rank.
+      scale: factor on the scores before the softmax.
+      causal: query t sees `lengths - (s_q - 1 - t)` keys; otherwise all see `lengths`.
+      implementation: `"xla"`, or None for the first that can run.
+
+    Returns:
+      `out [b, s_q, h_q, v_dim]` in q's dtype and `lse f32[b, h_q, s_q]`, the natural logarithm of
+      the sum of exponentials; where a query sees no key, out is 0 and lse +inf. Slots that no
+      query sees may hold NaN.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit; prints them.
+
+    Source: FlashMLA's interface; the absorbed form is DeepSeek-V2 (arXiv 2405.04434), section 2.1.
+    """
+    if q.ndim != 4 or kv_pages.ndim != 3 or q.shape[3] != kv_pages.shape[2]:
+        raise ValueError(
+            f"mla_decode: q.shape={q.shape} must be [b, s_q, h_q, d] and "
+            f"kv_pages.shape={kv_pages.shape} [pages, page_size, d] with the same d"
+        )
+    batch = q.shape[0]
+    if page_table.ndim != 2 or page_table.shape[0] != batch or lengths.shape != (batch,):
+        raise ValueError(
+            f"mla_decode: page_table.shape={page_table.shape} must be [b, max_pages] and "
+            f"lengths.shape={lengths.shape} [b] for b={batch}"
+        )
+    if not 0 < v_dim <= q.shape[3]:
+        raise ValueError(f"mla_decode: v_dim={v_dim} must lie in 1..d={q.shape[3]}")
+    if q.dtype != kv_pages.dtype:
+        raise ValueError(f"mla_decode: q.dtype={q.dtype} and kv_pages.dtype={kv_pages.dtype} differ")
+    backend = choose("mla_decode", BACKENDS, implementation, q, kv_pages)
+    return backend.mla_decode(
+        q, kv_pages, page_table, lengths, v_dim=v_dim, scale=scale, causal=causal
+    )
+
+
+def append(
+    kv_pages: jax.Array, latent: jax.Array, page_table: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Writes new tokens into their slots of a paged cache.
+
+    Args:
+      kv_pages: `[pages, page_size, d]`.
+      latent: `[b, s, d]`, what the new tokens leave in the cache.
+      page_table: `i32[b, max_pages]`.
+      positions: `i32[b, s]`, the place of each token in its sequence; a negative one is not
+        written.
+
+    Returns:
+      The pages with the tokens written, in their own dtype.
+
+    Raises:
+      ValueError: shapes do not fit; prints them.
+    """
+    if latent.shape[:2] != positions.shape or latent.shape[2] != kv_pages.shape[2]:
+        raise ValueError(
+            f"append: latent.shape={latent.shape} must be [b, s, d] for "
+            f"positions.shape={positions.shape} [b, s] and kv_pages.shape={kv_pages.shape}"
+        )
+    num_pages, page_size, _ = kv_pages.shape
+    index = jnp.clip(positions // page_size, 0, page_table.shape[1] - 1)
+    page = jnp.take_along_axis(page_table, index, axis=1)
+    page = jnp.where(positions < 0, num_pages, page)
+    return kv_pages.at[page, positions % page_size].set(latent.astype(kv_pages.dtype), mode="drop")

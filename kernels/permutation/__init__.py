@@ -1,0 +1,5 @@
+"""Rows to experts and back: a plan from the router's choice, permute, and weighted unpermute."""
+
+from whalejax.kernels.permutation.api import Permutation, permute, plan_permutation, unpermute
+
+__all__ = ["Permutation", "permute", "plan_permutation", "unpermute"]

@@ -1,0 +1,149 @@
+"""Moves tokens to the rows of their experts and sums them back, with gathers alone.
+
+Rows are sorted by expert and every expert starts on a multiple of `alignment`, the layout that the
+grouped matmul wants (DeepGEMM's contiguous layout). Scatters are slow on every backend, so both
+directions and both gradients gather: the plan holds the map from tokens to rows and its inverse.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Permutation(NamedTuple):
+    """Where each choice of each token lies among the experts' rows.
+
+    Attributes:
+      row_of: `i32[T, k]`, the row of token t's k-th choice; `rows` where nothing was chosen.
+      source: `i32[rows]`, the flat index `t * k_count + k` that fills a row; `T * k_count` for
+        padding.
+      group_sizes: `i32[E]`, rows of each expert without padding.
+    """
+
+    row_of: jax.Array
+    source: jax.Array
+    group_sizes: jax.Array
+
+
+def plan_permutation(topk_idx: jax.Array, num_experts: int, *, alignment: int = 128) -> Permutation:
+    """Lays the choices of all tokens out by expert.
+
+    Args:
+      topk_idx: `i32[T, k]`, the experts that each token chose; -1 for no choice.
+      num_experts: E, experts numbered from 0.
+      alignment: every expert's rows start on a multiple of this.
+
+    Returns:
+      A `Permutation` whose number of rows is static: enough for any choice, nothing is dropped.
+
+    Raises:
+      ValueError: `topk_idx` is not of two axes, or a number is not positive.
+    """
+    if topk_idx.ndim != 2 or num_experts < 1 or alignment < 1:
+        raise ValueError(
+            f"plan_permutation: topk_idx.shape={topk_idx.shape} must be [tokens, k], "
+            f"num_experts={num_experts} and alignment={alignment} positive"
+        )
+    choices = topk_idx.size
+    rows = num_rows(choices, num_experts, alignment)
+    expert = jnp.where(topk_idx < 0, num_experts, topk_idx).reshape(-1).astype(jnp.int32)
+    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    rank = jnp.argsort(order).astype(jnp.int32)
+    sizes = jnp.sum(expert[None] == jnp.arange(num_experts, dtype=jnp.int32)[:, None], axis=1)
+    sizes = sizes.astype(jnp.int32)
+    first = exclusive_cumsum(sizes)
+    first_row = exclusive_cumsum(aligned(sizes, alignment))
+    chosen = expert < num_experts
+    at = jnp.minimum(expert, num_experts - 1)
+    row_of = jnp.where(chosen, first_row[at] + rank - first[at], rows)
+    row_expert = expert_of_tiles(sizes, rows // alignment, alignment).repeat(alignment)
+    offset = jnp.arange(rows, dtype=jnp.int32) - first_row[row_expert]
+    filled = offset < sizes[row_expert]
+    source = jnp.where(filled, order[jnp.where(filled, first[row_expert] + offset, 0)], choices)
+    return Permutation(row_of.reshape(topk_idx.shape), source, sizes)
+
+
+def num_rows(choices: int, num_experts: int, alignment: int) -> int:
+    """Rows that hold any distribution of `choices` over the experts, each aligned."""
+    return (choices // alignment + min(num_experts, choices)) * alignment
+
+
+def aligned(sizes: jax.Array, alignment: int) -> jax.Array:
+    """Sizes rounded up to multiples of `alignment`."""
+    return (sizes + alignment - 1) // alignment * alignment
+
+
+def exclusive_cumsum(sizes: jax.Array) -> jax.Array:
+    """Sum of all sizes before each."""
+    return jnp.cumsum(sizes, dtype=sizes.dtype) - sizes
+
+
+def expert_of_tiles(group_sizes: jax.Array, num_tiles: int, alignment: int) -> jax.Array:
+    """The expert whose rows fill each tile of `alignment` rows; the last one past the end."""
+    ends = jnp.cumsum(aligned(group_sizes, alignment))
+    starts = jnp.arange(num_tiles, dtype=ends.dtype) * alignment
+    tile_expert = jnp.sum(starts[:, None] >= ends[None], axis=1)
+    return jnp.minimum(tile_expert, group_sizes.shape[0] - 1)
+
+
+@jax.custom_vjp
+def permute(x: jax.Array, permutation: Permutation) -> jax.Array:
+    """Copies each token to the rows of its experts.
+
+    Args:
+      x: `[T, H]`.
+      permutation: from `plan_permutation`.
+
+    Returns:
+      `[rows, H]` in x's dtype; padding rows are zero.
+    """
+    k = permutation.row_of.shape[1]
+    return x.at[permutation.source // k].get(mode="fill", fill_value=0)
+
+
+def _permute_forward(x, permutation):
+    return permute(x, permutation), permutation
+
+
+def _permute_backward(permutation, d_rows):
+    picked = d_rows.at[permutation.row_of].get(mode="fill", fill_value=0)
+    return jnp.sum(picked.astype(jnp.float32), axis=1).astype(d_rows.dtype), None
+
+
+permute.defvjp(_permute_forward, _permute_backward)
+
+
+@jax.custom_vjp
+def unpermute(rows: jax.Array, weights: jax.Array, permutation: Permutation) -> jax.Array:
+    """Sums the experts' rows of each token, weighted, in float32.
+
+    Args:
+      rows: `[rows, H]`, the experts' outputs.
+      weights: `f32[T, k]`.
+      permutation: the one that `permute` used.
+
+    Returns:
+      `[T, H]` in the dtype of `rows`.
+    """
+    picked = rows.at[permutation.row_of].get(mode="fill", fill_value=0)
+    total = jnp.einsum("tkh,tk->th", picked.astype(jnp.float32), weights)
+    return total.astype(rows.dtype)
+
+
+def _unpermute_forward(rows, weights, permutation):
+    return unpermute(rows, weights, permutation), (rows, weights, permutation)
+
+
+def _unpermute_backward(residuals, dy):
+    rows, weights, permutation = residuals
+    k = weights.shape[1]
+    weight_of_row = weights.reshape(-1).at[permutation.source].get(mode="fill", fill_value=0)
+    dy_of_row = dy.at[permutation.source // k].get(mode="fill", fill_value=0)
+    d_rows = (dy_of_row.astype(jnp.float32) * weight_of_row[:, None]).astype(rows.dtype)
+    picked = rows.at[permutation.row_of].get(mode="fill", fill_value=0)
+    d_weights = jnp.einsum("tkh,th->tk", picked.astype(jnp.float32), dy.astype(jnp.float32))
+    return d_rows, d_weights, None
+
+
+unpermute.defvjp(_unpermute_forward, _unpermute_backward)

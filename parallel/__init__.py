@@ -1,0 +1,1 @@
+"""Meshes, placements and collectives: nothing here knows a model."""

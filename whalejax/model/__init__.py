@@ -1,0 +1,1 @@
+"""The DeepSeek-V2/V3 decoder: flax.nnx modules hold the parameters, pure functions compute."""

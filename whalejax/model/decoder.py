@@ -1,0 +1,256 @@
+"""The decoder: embedding, scanned layers, head, and the MTP modules behind it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from whalejax.model.config import ModelConfig
+from whalejax.model.linear import linear
+from whalejax.model.mla import MLA, PagedCache, attend_absorbed, attend_expanded
+from whalejax.model.moe import MLP, MoE, MoEStats, mlp, moe
+from whalejax.model.parameters import Initializer, read, rms_norm
+from whalejax.model.rope import Rotary, rotary
+
+REMATERIALISATION: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the forward pass runs; it does not change what is computed.
+
+    Attributes:
+      dtype: of the activations and so of the computation; None for that of the parameters.
+      rematerialise: what the backward pass computes again: `"none"`, `"full"` (all but each
+        layer's input), or `"dots"` (all but the matmuls of weights).
+      attention: implementation of `kernels.attention`, None for the best.
+      mesh: devices over which the batch is sharded.
+    """
+
+    dtype: Any = None
+    rematerialise: str = "none"
+    attention: str | None = None
+    mesh: Mesh | None = None
+
+    def __post_init__(self):
+        if self.rematerialise not in REMATERIALISATION:
+            raise ValueError(
+                f"rematerialise={self.rematerialise!r} is unknown; there are "
+                f"{', '.join(REMATERIALISATION)}"
+            )
+
+
+class DecoderLayer(nnx.Module):
+    """Weights of stacked layers of one kind: attention and a feed-forward part, each normed."""
+
+    def __init__(self, config: ModelConfig, init: Initializer, *, dense: bool):
+        self.input_layernorm = init.ones(config.hidden_size)
+        self.self_attn = MLA(config.mla, config.hidden_size, init)
+        self.post_attention_layernorm = init.ones(config.hidden_size)
+        if dense:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, init)
+        else:
+            self.mlp = MoE(config.hidden_size, config.moe, init)
+
+
+class MTPLayer(nnx.Module):
+    """Weights of the multi-token prediction modules (DeepSeek-V3, section 2.2), stacked by depth."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        self.enorm = init.ones(config.hidden_size)
+        self.hnorm = init.ones(config.hidden_size)
+        self.eh_proj = init.normal(config.hidden_size, 2 * config.hidden_size)
+        self.layer = DecoderLayer(config, init, dense=False)
+        self.norm = init.ones(config.hidden_size)
+
+
+class Decoder(nnx.Module):
+    """A DeepSeek-V2 or V3 model; `model(tokens)` gives the logits of the next token.
+
+    Attributes:
+      config: sizes.
+      embed_tokens, norm, lm_head: unstacked parameters.
+      dense_layers, moe_layers, mtp_layers: stacked parameters; absent where the config has none.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        init = Initializer(rngs, std=config.initializer_range, dtype=dtype)
+        self.config = config
+        self.embed_tokens = init.normal(config.vocab_size, config.hidden_size)
+        if config.num_dense_layers:
+            stacked = init.stacked(config.num_dense_layers)
+            self.dense_layers = DecoderLayer(config, stacked, dense=True)
+        if config.num_moe_layers:
+            stacked = init.stacked(config.num_moe_layers)
+            self.moe_layers = DecoderLayer(config, stacked, dense=False)
+        if config.num_nextn_predict_layers:
+            self.mtp_layers = MTPLayer(config, init.stacked(config.num_nextn_predict_layers))
+        self.norm = init.ones(config.hidden_size)
+        self.lm_head = init.normal(config.vocab_size, config.hidden_size)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits `f32[b, t, vocab]` of the token after each of `i32[b, t]`."""
+        return logits(self, forward(self, tokens).hidden)
+
+
+class Forward(NamedTuple):
+    """The result of a forward pass.
+
+    Attributes:
+      hidden: `[b, t, hidden]`, after the final norm.
+      latents: `[layers, b, t, cache_dim]`, what decode needs of these tokens.
+      load: `i32[moe_layers, E]`, tokens of each expert.
+      balance_loss: `f32[]`, mean over the MoE layers; 0 without any.
+    """
+
+    hidden: jax.Array
+    latents: jax.Array
+    load: jax.Array
+    balance_loss: jax.Array
+
+
+def embed(model: Decoder, tokens: jax.Array, dtype: Any = None) -> jax.Array:
+    """Embeds `i32[b, t]` as `[b, t, hidden]` in `dtype`, or in that of the parameters."""
+    table = read(model.embed_tokens)
+    return table[tokens].astype(table.dtype if dtype is None else dtype)
+
+
+def logits(model: Decoder, hidden: jax.Array) -> jax.Array:
+    """Scores of every token of the vocabulary, `f32[..., vocab]`."""
+    head = read(model.lm_head).astype(hidden.dtype)
+    return jnp.einsum("...h,vh->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def feed_forward(
+    p: DecoderLayer, x: jax.Array, config: ModelConfig, mesh: Mesh | None
+) -> tuple[jax.Array, MoEStats | None]:
+    """The second half of a layer with its residual, and the statistics of a MoE layer."""
+    normed = rms_norm(x, p.post_attention_layernorm, config.rms_norm_eps)
+    if isinstance(p.mlp, MLP):
+        return x + mlp(p.mlp, normed), None
+    out, stats = moe(p.mlp, normed, config.moe, mesh=mesh)
+    return x + out, stats
+
+
+def decoder_layer(
+    p: DecoderLayer, x: jax.Array, angles: Rotary, config: ModelConfig, execution: Execution
+) -> tuple[jax.Array, tuple[jax.Array, MoEStats | None]]:
+    """One layer in the expanded form; gives `[b, t, hidden]`, the latents and the statistics."""
+    normed = rms_norm(x, p.input_layernorm, config.rms_norm_eps)
+    out, kept = attend_expanded(
+        p.self_attn, normed, angles, config.mla, implementation=execution.attention
+    )
+    x, stats = feed_forward(p, x + out, config, execution.mesh)
+    return x, (kept, stats)
+
+
+def scan_layers(
+    layer: Callable, layers: nnx.Module, x: jax.Array, *extra: Any, rematerialise: str = "none"
+) -> tuple[jax.Array, Any]:
+    """Runs `layer(p, x, *slice of extra) -> (x, y)` over stacked layers; stacks the ys."""
+    graphdef, state = nnx.split(layers)
+
+    def body(x, xs):
+        state, *rest = xs
+        return layer(nnx.merge(graphdef, state), x, *rest)
+
+    if rematerialise != "none":
+        body = jax.checkpoint(body, policy=REMATERIALISATION[rematerialise], prevent_cse=False)
+    return jax.lax.scan(body, x, (state, *extra))
+
+
+def forward(
+    model: Decoder,
+    tokens: jax.Array,
+    execution: Execution = Execution(),
+    *,
+    positions: jax.Array | None = None,
+) -> Forward:
+    """Runs all layers over whole sequences.
+
+    Args:
+      model: the parameters.
+      tokens: `i32[b, t]`.
+      execution: how to run.
+      positions: `i32[b, t]`, 0 to t-1 unless given.
+    """
+    config = model.config
+    x = embed(model, tokens, execution.dtype)
+    angles = positions_angles(tokens, positions, config)
+
+    def layer(p, x):
+        return decoder_layer(p, x, angles, config, execution)
+
+    kept, load, balance = [], jnp.zeros((0, 0), jnp.int32), jnp.float32(0)
+    if config.num_dense_layers:
+        x, (latent, _) = scan_layers(
+            layer, model.dense_layers, x, rematerialise=execution.rematerialise
+        )
+        kept.append(latent)
+    if config.num_moe_layers:
+        x, (latent, stats) = scan_layers(
+            layer, model.moe_layers, x, rematerialise=execution.rematerialise
+        )
+        kept.append(latent)
+        load, balance = stats.load, jnp.mean(stats.balance_loss)
+    hidden = rms_norm(x, model.norm, config.rms_norm_eps)
+    return Forward(hidden, jnp.concatenate(kept), load, balance)
+
+
+def positions_angles(
+    tokens: jax.Array, positions: jax.Array | None, config: ModelConfig
+) -> Rotary:
+    """Rotary angles of `positions`, or of 0 to t-1."""
+    if positions is None:
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return rotary(positions, config.mla)
+
+
+def decode(
+    model: Decoder,
+    tokens: jax.Array,
+    pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    execution: Execution = Execution(),
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the newest tokens of each sequence through all layers in the absorbed form.
+
+    Args:
+      model: the parameters.
+      tokens: `i32[b, t]`, t new tokens of each sequence.
+      pages: `[layers, pages, page_size, cache_dim]`.
+      page_table: `i32[b, max_pages]`, shared by the layers.
+      lengths: `i32[b]`, tokens of each sequence, the new ones included; 0 for an empty slot.
+      execution: how to run.
+
+    Returns:
+      `[b, t, hidden]` after the final norm, and the updated pages.
+    """
+    config = model.config
+    x = embed(model, tokens, execution.dtype)
+    new = jnp.arange(-tokens.shape[1], 0, dtype=jnp.int32)
+    angles = rotary(jnp.maximum(lengths[:, None] + new[None], 0), config.mla)
+
+    def layer(p, x, layer_pages):
+        normed = rms_norm(x, p.input_layernorm, config.rms_norm_eps)
+        cache = PagedCache(layer_pages, page_table, lengths)
+        out, layer_pages = attend_absorbed(p.self_attn, normed, angles, config.mla, cache)
+        return feed_forward(p, x + out, config, execution.mesh)[0], layer_pages
+
+    dense, updated = config.num_dense_layers, []
+    if dense:
+        x, new_pages = scan_layers(layer, model.dense_layers, x, pages[:dense])
+        updated.append(new_pages)
+    if config.num_moe_layers:
+        x, new_pages = scan_layers(layer, model.moe_layers, x, pages[dense:])
+        updated.append(new_pages)
+    return rms_norm(x, model.norm, config.rms_norm_eps), jnp.concatenate(updated)

@@ -1,0 +1,193 @@
+"""Feed-forward parts: the gated MLP, the router, and the mixture of experts."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from whalejax.kernels.permutation import permute, plan_permutation, unpermute
+from whalejax.model.config import MoEConfig
+from whalejax.model.linear import grouped_linear, linear
+from whalejax.model.parameters import Initializer, read
+from whalejax.parallel.mesh import BATCH_AXES
+
+
+class MLP(nnx.Module):
+    """Weights of SwiGLU, `down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, init: Initializer):
+        self.gate_proj = init.normal(intermediate_size, hidden_size)
+        self.up_proj = init.normal(intermediate_size, hidden_size)
+        self.down_proj = init.normal(hidden_size, intermediate_size)
+
+
+class Experts(nnx.Module):
+    """Weights of all routed experts, `[layers, experts, out, in]`."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig, init: Initializer):
+        experts, width = config.n_routed_experts, config.moe_intermediate_size
+        self.gate_proj = init.normal(experts, width, hidden_size)
+        self.up_proj = init.normal(experts, width, hidden_size)
+        self.down_proj = init.normal(experts, hidden_size, width)
+
+
+class Router(nnx.Module):
+    """Weights of the choice of experts; the bias exists where `topk_method` is `noaux_tc`."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig, init: Initializer):
+        self.weight = init.normal(config.n_routed_experts, hidden_size)
+        if config.topk_method == "noaux_tc":
+            self.e_score_correction_bias = init.bias(config.n_routed_experts)
+
+
+class MoE(nnx.Module):
+    """A router, routed experts, and shared experts that every token visits."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig, init: Initializer):
+        self.gate = Router(hidden_size, config, init)
+        self.experts = Experts(hidden_size, config, init)
+        if config.n_shared_experts:
+            self.shared_experts = MLP(hidden_size, config.shared_intermediate_size, init)
+
+
+class Routing(NamedTuple):
+    """The router's choice for `[..., tokens]`.
+
+    Attributes:
+      topk_idx: `i32[..., k]`, experts.
+      topk_weights: `f32[..., k]`, their weights.
+      scores: `f32[..., E]`, affinities before bias and normalisation.
+    """
+
+    topk_idx: jax.Array
+    topk_weights: jax.Array
+    scores: jax.Array
+
+
+class MoEStats(NamedTuple):
+    """What a MoE layer reports: `load i32[E]`, tokens of each expert, and the balance loss."""
+
+    load: jax.Array
+    balance_loss: jax.Array
+
+
+def mlp(p: MLP, x: jax.Array) -> jax.Array:
+    """SwiGLU of `[..., hidden]`."""
+    return linear(jax.nn.silu(linear(x, p.gate_proj)) * linear(x, p.up_proj), p.down_proj)
+
+
+def route(p: Router, x: jax.Array, config: MoEConfig) -> Routing:
+    """Chooses experts and weighs them, in float32.
+
+    V3's choice (`noaux_tc`) sees scores plus bias, its weights the scores alone. V2's weights are
+    normalised *or* scaled by `routed_scaling_factor`, V3's both, as published.
+
+    Args:
+      p: the router's weights.
+      x: `[..., hidden]`.
+      config: sizes and method.
+    """
+    logits = linear(x.astype(jnp.float32), p.weight)
+    sigmoid = config.scoring_func == "sigmoid"
+    scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
+    choice = scores
+    if config.topk_method == "noaux_tc":
+        bias = read(p.e_score_correction_bias)
+        choice = scores + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))
+    if config.topk_method != "greedy" and config.topk_group < config.n_group:
+        choice = limit_to_groups(choice, config)
+    _, topk_idx = jax.lax.top_k(jax.lax.stop_gradient(choice), config.num_experts_per_tok)
+    weights = jnp.take_along_axis(scores, topk_idx, axis=-1)
+    normalise = config.norm_topk_prob and config.num_experts_per_tok > 1
+    if normalise:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    if config.topk_method == "noaux_tc" or not normalise:
+        weights = weights * config.routed_scaling_factor
+    return Routing(topk_idx, weights, scores)
+
+
+def limit_to_groups(choice: jax.Array, config: MoEConfig) -> jax.Array:
+    """Sets the scores of all experts outside a token's `topk_group` best groups to -inf."""
+    grouped = choice.reshape(*choice.shape[:-1], config.n_group, -1)
+    best = 2 if config.topk_method == "noaux_tc" else 1
+    group_scores = jnp.sum(jax.lax.top_k(grouped, best)[0], axis=-1)
+    _, groups = jax.lax.top_k(group_scores, config.topk_group)
+    kept = jnp.any(jax.nn.one_hot(groups, config.n_group, dtype=jnp.bool_), axis=-2)
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+def balance_loss(routing: Routing, num_experts: int) -> jax.Array:
+    """The sequence-wise balance loss of DeepSeek-V3 (section 2.1.2), without its factor alpha.
+
+    For each sequence `sum_i f_i * P_i`: f the share of choices times E (1 where balanced), P the
+    mean normalised score; then the mean over sequences. 1 where all is balanced.
+
+    Args:
+      routing: of `[b, t]` tokens.
+      num_experts: E.
+    """
+    chosen = jnp.sum(jax.nn.one_hot(routing.topk_idx, num_experts, dtype=jnp.float32), axis=2)
+    share = jnp.mean(chosen, axis=1) * (num_experts / routing.topk_idx.shape[-1])
+    normalised = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
+    return jnp.mean(jnp.sum(share * jnp.mean(normalised, axis=1), axis=-1))
+
+
+def routed_experts(
+    p: Experts, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array, config: MoEConfig
+) -> jax.Array:
+    """Sends `[T, hidden]` tokens through their experts and sums the weighted outputs; dropless."""
+    # padding costs at most `alignment - 1` rows an expert: small for training, not for decode
+    alignment = 128 if topk_idx.size >= 64 * config.n_routed_experts else 8
+    with jax.named_scope("dispatch"):
+        plan = plan_permutation(topk_idx, config.n_routed_experts, alignment=alignment)
+        rows = permute(x, plan)
+    with jax.named_scope("experts"):
+        gate = grouped_linear(rows, p.gate_proj, plan.group_sizes, alignment=alignment)
+        up = grouped_linear(rows, p.up_proj, plan.group_sizes, alignment=alignment)
+        out = grouped_linear(
+            jax.nn.silu(gate) * up, p.down_proj, plan.group_sizes, alignment=alignment
+        )
+    with jax.named_scope("combine"):
+        return unpermute(out, topk_weights, plan)
+
+
+def moe(
+    p: MoE, x: jax.Array, config: MoEConfig, *, mesh: Mesh | None = None
+) -> tuple[jax.Array, MoEStats]:
+    """Routed plus shared experts.
+
+    Args:
+      p: weights of one layer.
+      x: `bf16|f32[b, t, hidden]`.
+      config: sizes and routing.
+      mesh: where the batch is sharded over `BATCH_AXES`, each device sorts its own tokens.
+
+    Returns:
+      `[b, t, hidden]` and the layer's statistics.
+    """
+    routing = route(p.gate, x, config)
+    graphdef, weights = nnx.split(p.experts)
+    sharded = mesh is not None and mesh.size > 1
+
+    def local(weights, x, topk_idx, topk_weights):
+        if sharded:  # the gradients of weights are summed over the devices that used them
+            weights = jax.lax.pcast(weights, BATCH_AXES, to="varying")
+        flat = [a.reshape(-1, a.shape[-1]) for a in (x, topk_idx, topk_weights)]
+        return routed_experts(nnx.merge(graphdef, weights), *flat, config).reshape(x.shape)
+
+    if sharded:
+        batch = PartitionSpec(BATCH_AXES)
+        local = jax.shard_map(
+            local, mesh=mesh, in_specs=(PartitionSpec(), batch, batch, batch), out_specs=batch
+        )
+    out = local(weights, x, routing.topk_idx, routing.topk_weights)
+    if config.n_shared_experts:
+        with jax.named_scope("shared_experts"):
+            out = out + mlp(p.shared_experts, x)
+    experts = jnp.arange(config.n_routed_experts, dtype=jnp.int32)
+    load = jnp.sum(routing.topk_idx[..., None] == experts[None, None, None], axis=(0, 1, 2))
+    return out, MoEStats(
+        load.astype(jnp.int32), balance_loss(routing, config.n_routed_experts)
+    )

@@ -1,0 +1,72 @@
+"""Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): one module a depth.
+
+Module k sees the representation of token i at depth k-1 and the embedding of token i+k, and
+predicts token i+k+1 with the model's own embedding and head. As in the published checkpoint the
+embedding stands first in `eh_proj`'s input and the representation comes after the final norm.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from whalejax.model.decoder import (
+    Decoder,
+    Execution,
+    decoder_layer,
+    embed,
+    positions_angles,
+    scan_layers,
+)
+from whalejax.model.linear import linear
+from whalejax.model.parameters import rms_norm
+
+
+class MTPForward(NamedTuple):
+    """The result of the MTP modules.
+
+    Attributes:
+      hidden: `[depth, b, t, hidden]`, normed; the last k positions of depth k are meaningless.
+      load: `i32[depth, E]`, tokens of each expert.
+      balance_loss: `f32[]`, mean over the depths.
+    """
+
+    hidden: jax.Array
+    load: jax.Array
+    balance_loss: jax.Array
+
+
+def predict_further(
+    model: Decoder, hidden: jax.Array, tokens: jax.Array, execution: Execution = Execution()
+) -> MTPForward:
+    """Runs all MTP modules.
+
+    Args:
+      model: a model with `num_nextn_predict_layers` of at least 1.
+      hidden: `[b, t, hidden]` from `forward`.
+      tokens: `i32[b, t]`, the tokens that `forward` saw.
+      execution: how to run.
+
+    Raises:
+      ValueError: the model has no MTP modules.
+    """
+    config = model.config
+    depths = config.num_nextn_predict_layers
+    if not depths:
+        raise ValueError("num_nextn_predict_layers=0: the model has no MTP modules")
+    angles = positions_angles(tokens, None, config)
+    shifted = jnp.stack([jnp.roll(tokens, -depth, axis=1) for depth in range(1, depths + 1)])
+
+    def module(p, x, ahead):
+        embedded = rms_norm(embed(model, ahead, x.dtype), p.enorm, config.rms_norm_eps)
+        previous = rms_norm(x, p.hnorm, config.rms_norm_eps)
+        x = linear(jnp.concatenate([embedded, previous], axis=-1), p.eh_proj)
+        x, (_, stats) = decoder_layer(p.layer, x, angles, config, execution)
+        x = rms_norm(x, p.norm, config.rms_norm_eps)
+        return x, (x, stats)
+
+    with jax.named_scope("mtp"):
+        _, (hidden, stats) = scan_layers(
+            module, model.mtp_layers, hidden, shifted, rematerialise=execution.rematerialise
+        )
+    return MTPForward(hidden, stats.load, jnp.mean(stats.balance_loss))

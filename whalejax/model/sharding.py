@@ -1,0 +1,61 @@
+"""One table of shardings, from parameter path to PartitionSpec.
+
+Training, weights, checkpoints and generation read it. Matrices are cut along their output over
+`fsdp`; XLA gathers them where they are used. The optimiser's moments end in the same path as
+their parameter, so they are cut alike.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from whalejax.parallel.mesh import BATCH_AXES, FSDP
+
+# first match wins; specs count from the last axis, so that stacked layers need no rule of their own
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(embed_tokens|lm_head)$", (None, FSDP)),
+    (r"(layernorm|norm|enorm|hnorm|e_score_correction_bias)$", ()),
+    (r"gate\.weight$", ()),
+    (r"_(proj|proj_with_mqa)(\.values|\.scales)?$", (FSDP, None)),
+)
+
+
+def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """How the parameter (or moment) at `path` is cut over `mesh`.
+
+    An axis that does not divide its dimension is left out: that parameter is replicated.
+
+    Args:
+      path: names joined by dots, `moe_layers.self_attn.o_proj`.
+      shape: of the parameter.
+      mesh: its `fsdp` axis counts; others do not cut parameters.
+    """
+    for pattern, spec in RULES:
+        if re.search(pattern, path):
+            axes = (None,) * (len(shape) - len(spec)) + spec[-len(shape) :]
+            fits = all(a is None or s % mesh.shape[a] == 0 for a, s in zip(axes, shape, strict=True))
+            return PartitionSpec(*axes) if fits else PartitionSpec()
+    return PartitionSpec()
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A pytree path as names joined by dots, without the wrapping of flax variables."""
+    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+    return ".".join(name for name in names if name not in ("value", "raw_value"))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every leaf of a pytree of arrays or abstract arrays."""
+
+    def of_leaf(path, leaf):
+        return NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
+    """The sharding of a batch: its axis number `leading` over the batch axes of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))

@@ -1,0 +1,1 @@
+"""Training: loss, optimiser, step, checkpoints, metrics, and the run that joins them."""

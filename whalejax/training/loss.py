@@ -1,0 +1,120 @@
+"""The training loss: next token, MTP, and balance. Logits are never held for all tokens at once."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from whalejax.model.decoder import Decoder, Execution, forward, logits
+from whalejax.model.mtp import predict_further
+
+MAX_LOGITS = 2**26  # float32 numbers of one chunk of logits: 256 MiB
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the parts of the loss; defaults are DeepSeek-V3's (section 4.2).
+
+    Attributes:
+      mtp_weight: lambda, on the mean loss of the MTP modules.
+      balance_weight: alpha, on the sequence-wise balance loss.
+    """
+
+    mtp_weight: float = 0.3
+    balance_weight: float = 1e-4
+
+    def __post_init__(self):
+        for name in ("mtp_weight", "balance_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+
+
+class Losses(NamedTuple):
+    """Parts of the loss in nats a token, and what the router reported.
+
+    Attributes:
+      main, mtp, balance: `f32[]`.
+      load: `i32[moe_layers, E]`, tokens of each expert.
+      mtp_load: `i32[depths, E]`, the same in the MTP modules.
+    """
+
+    main: jax.Array
+    mtp: jax.Array
+    balance: jax.Array
+    load: jax.Array
+    mtp_load: jax.Array
+
+
+def chunk_length(batch: int, length: int, vocab_size: int) -> int:
+    """The largest divisor of `length` whose chunk of logits stays within MAX_LOGITS, or 1."""
+    most = max(MAX_LOGITS // (batch * vocab_size), 1)
+    return max(d for d in range(1, length + 1) if length % d == 0 and d <= most)
+
+
+def cross_entropy(
+    model: Decoder, hidden: jax.Array, labels: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Sum of the weighted negative log likelihoods, in nats.
+
+    Runs over chunks of positions and computes each chunk's logits again in the backward pass.
+
+    Args:
+      model: for its head.
+      hidden: `bf16|f32[b, t, hidden]`, normed.
+      labels: `i32[b, t]`.
+      weights: `f32[b, t]`.
+    """
+    batch, length, width = hidden.shape
+    chunk = chunk_length(batch, length, model.config.vocab_size)
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def of_chunk(total, xs):
+        hidden, labels, weights = xs
+        scores = logits(model, hidden)
+        chosen = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+        nll = jax.nn.logsumexp(scores, axis=-1) - chosen
+        return total + jnp.sum(nll * weights), None
+
+    with jax.named_scope("cross_entropy"):
+        chunks = (split(hidden), split(labels), split(weights))
+        return jax.lax.scan(of_chunk, jnp.float32(0), chunks)[0]
+
+
+def training_loss(
+    model: Decoder, tokens: jax.Array, config: LossConfig, execution: Execution
+) -> tuple[jax.Array, Losses]:
+    """The loss of `i32[b, t + 1]` tokens and its parts.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), equations 17 to 25.
+    """
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    out = forward(model, inputs, execution)
+    ones = jnp.ones(labels.shape, jnp.float32)
+    main = cross_entropy(model, out.hidden, labels, ones) / labels.size
+    mtp, balance, mtp_load = jnp.float32(0), out.balance_loss, jnp.zeros((0, 0), jnp.int32)
+    depths = model.config.num_nextn_predict_layers
+    if depths:
+        further = predict_further(model, out.hidden, inputs, execution)
+        place = jnp.arange(labels.shape[1], dtype=jnp.int32)[None]
+        for depth in range(1, depths + 1):
+            known = jnp.where(place < labels.shape[1] - depth, ones, 0.0)
+            ahead = jnp.roll(labels, -depth, axis=1)
+            nll = cross_entropy(model, further.hidden[depth - 1], ahead, known)
+            mtp = mtp + nll / (labels.shape[0] * max(labels.shape[1] - depth, 1) * depths)
+        layers = model.config.num_moe_layers
+        balance = (balance * layers + further.balance_loss * depths) / (layers + depths)
+        mtp_load = further.load
+    total = main + config.mtp_weight * mtp + config.balance_weight * balance
+    return total, Losses(main, mtp, balance, out.load, mtp_load)
+
+
+def heldout_loss(
+    model: Decoder, tokens: jax.Array, weights: jax.Array, execution: Execution
+) -> jax.Array:
+    """Sum of the next-token losses of `i32[b, t + 1]` tokens, weighted by `f32[b, t]`, in nats."""
+    out = forward(model, tokens[:, :-1], execution)
+    return cross_entropy(model, out.hidden, tokens[:, 1:], weights)

@@ -1,0 +1,222 @@
+"""One training step as a pure function, and its compilation over a mesh."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from whalejax.model.config import ModelConfig
+from whalejax.model.decoder import Decoder, Execution
+from whalejax.model.parameters import RouterBias
+from whalejax.model.sharding import batch_sharding, shardings
+from whalejax.training.loss import LossConfig, Losses, heldout_loss, training_loss
+from whalejax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+
+MAX_BAD_STEPS = 10  # in a row, before a run stops
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What a compiled step depends on beside the model.
+
+    Attributes:
+      steps: updates of the whole run, for the learning rate's schedule.
+      accumulate: microbatches whose gradients make one update.
+      loss: weights of the loss.
+      optimizer: AdamW and the routers' bias.
+      execution: precision, rematerialisation, mesh.
+    """
+
+    steps: int
+    accumulate: int = 1
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    execution: Execution = Execution()
+
+    def __post_init__(self):
+        if self.steps < 1 or self.accumulate < 1:
+            raise ValueError(
+                f"steps={self.steps} and accumulate={self.accumulate} must be positive"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes, and so everything that a checkpoint holds.
+
+    Attributes:
+      params: float32 master weights.
+      router_bias: the routers' correction biases.
+      opt_state: of the optimiser.
+      step: `i32[]`, steps done, skipped ones included.
+      skipped: `i32[]`, steps whose loss or gradient was not finite.
+      bad_streak: `i32[]`, such steps in a row until now.
+    """
+
+    params: Any
+    router_bias: Any
+    opt_state: Any
+    step: jax.Array
+    skipped: jax.Array
+    bad_streak: jax.Array
+
+
+def graphdef_of(config: ModelConfig) -> nnx.GraphDef:
+    """The structure of a model without its arrays."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]
+
+
+def model_of(config: ModelConfig, state: TrainState) -> Decoder:
+    """The model that a state holds."""
+    return nnx.merge(graphdef_of(config), state.params, state.router_bias)
+
+
+def state_of(model: Decoder, config: StepConfig) -> TrainState:
+    """The first state of a run that starts from a model's weights."""
+    _, params, router_bias = nnx.split(model, nnx.Param, RouterBias)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    zero = jnp.int32(0)
+    return TrainState(params, router_bias, optimizer.init(params), zero, zero, zero)
+
+
+def abstract_state(model: ModelConfig, config: StepConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without its arrays."""
+    state = jax.eval_shape(
+        lambda: state_of(Decoder(model, rngs=nnx.Rngs(0)), config)
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings(state, mesh),
+    )
+
+
+def init_state(model: ModelConfig, config: StepConfig, mesh: Mesh, seed: int) -> TrainState:
+    """Draws the weights, each device its own shards."""
+    out = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config, mesh))
+    make = jax.jit(
+        lambda key: state_of(Decoder(model, rngs=nnx.Rngs(params=key)), config), out_shardings=out
+    )
+    return make(jax.random.key(seed))
+
+
+def train_step(
+    model: ModelConfig, config: StepConfig, state: TrainState, batch: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update, or none where the loss or the gradient is not finite.
+
+    Args:
+      model: sizes.
+      config: of the step.
+      state: before the step.
+      batch: `i32[accumulate, b, t + 1]`.
+
+    Returns:
+      The state after the step, and metrics: losses in nats a token, `grad_norm`, `lr`, `load`
+      (`f32[moe_layers + depths, E]`, share of the choices), `skipped`, `bad_streak`.
+    """
+    loss, parts, grads = mean_gradients(model, config, state, batch)
+    grad_norm = optax.tree.norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        lr = learning_rate(config.optimizer, config.steps)(state.step)
+    params = optax.apply_updates(state.params, updates)
+    speed = config.optimizer.bias_update_speed
+    router_bias = balance_routers(state.router_bias, parts, speed)
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old),
+        (params, router_bias, opt_state),
+        (state.params, state.router_bias, state.opt_state),
+    )
+    bad = jnp.int32(~good)
+    streak = (state.bad_streak + 1) * bad
+    state = TrainState(*kept, state.step + 1, state.skipped + bad, streak)
+    load = jnp.concatenate([x for x in (parts.load, parts.mtp_load) if x.size] or [parts.load])
+    load = load.astype(jnp.float32)
+    metrics = {
+        "loss": loss,
+        "loss_main": parts.main,
+        "loss_mtp": parts.mtp,
+        "balance_loss": parts.balance,
+        "grad_norm": grad_norm,
+        "lr": jnp.asarray(lr, jnp.float32),
+        "load": load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0),
+        "skipped": state.skipped,
+        "bad_streak": state.bad_streak,
+    }
+    return state, metrics
+
+
+def mean_gradients(
+    model: ModelConfig, config: StepConfig, state: TrainState, batch: jax.Array
+) -> tuple[jax.Array, Losses, Any]:
+    """Loss, its parts and the gradient, means over the microbatches; loads are sums."""
+    graphdef = graphdef_of(model)
+
+    def loss_of(params, tokens):
+        decoder = nnx.merge(graphdef, params, state.router_bias)
+        return training_loss(decoder, tokens, config.loss, config.execution)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    if config.accumulate == 1:
+        (loss, parts), grads = gradient(state.params, batch[0])
+        return loss, parts, grads
+
+    def add(total, tokens):
+        return jax.tree.map(jnp.add, total, gradient(state.params, tokens)), None
+
+    shapes = jax.eval_shape(gradient, state.params, batch[0])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    ((loss, parts), grads), _ = jax.lax.scan(add, zeros, batch)
+    scale = 1.0 / config.accumulate
+    mean = parts._replace(
+        main=parts.main * scale, mtp=parts.mtp * scale, balance=parts.balance * scale
+    )
+    return loss * scale, mean, jax.tree.map(lambda g: g * scale, grads)
+
+
+def balance_routers(router_bias: Any, parts: Losses, speed: float) -> Any:
+    """Moves each bias by `speed` toward its expert's fair share of the load (section 2.1.2)."""
+
+    def move(path, bias):
+        load = parts.mtp_load if "mtp_layers" in jax.tree_util.keystr(path) else parts.load
+        load = load.astype(jnp.float32)
+        return bias + speed * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+
+    return jax.tree_util.tree_map_with_path(move, router_bias)
+
+
+@functools.lru_cache(maxsize=8)
+def compile_step(model: ModelConfig, config: StepConfig, mesh: Mesh) -> Callable:
+    """`train_step` jitted with the shardings of the table; the state is donated.
+
+    Cached, so that a run that stops and goes on in one process compiles once.
+    """
+    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config, mesh))
+    return jax.jit(
+        functools.partial(train_step, model, config),
+        in_shardings=(state, batch_sharding(mesh, leading=1)),
+        out_shardings=(state, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def compile_heldout(model: ModelConfig, execution: Execution, mesh: Mesh) -> Callable:
+    """`heldout_loss` of a state, jitted: `(params, router_bias, tokens, weights) -> f32[]`."""
+    graphdef = graphdef_of(model)
+
+    def loss(params, router_bias, tokens, weights):
+        return heldout_loss(nnx.merge(graphdef, params, router_bias), tokens, weights, execution)
+
+    batch = batch_sharding(mesh)
+    return jax.jit(loss, in_shardings=(None, None, batch, batch))
