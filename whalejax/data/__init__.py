@@ -1,0 +1,1 @@
+"""Text to batches: corpora, token streams, the random-access loader, and n-gram baselines."""
