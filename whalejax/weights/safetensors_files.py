@@ -1,0 +1,160 @@
+"""Safetensors files: headers checked before use, tensors viewed in place, files written whole.
+
+The format: eight bytes of header length, a JSON header from name to dtype, shape and byte range,
+then the bytes. The safetensors package's array functions do not know FP8; ml_dtypes does.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes, the reference implementation's own limit
+INDEX = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where a tensor lies: `dtype[shape]` at byte `offset` of `file`."""
+
+    file: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """Reads the tensor into memory."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.nbytes)
+        if len(content) != self.nbytes:
+            raise ValueError(f"{self.file} ends inside a tensor at byte {self.offset}")
+        return np.frombuffer(content, self.dtype).reshape(self.shape)
+
+
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a Hugging Face directory, single file or sharded with an index.
+
+    Raises:
+      FileNotFoundError: there are no safetensors files, or one that the index names is missing.
+      ValueError: a file is corrupt; names it and the fault.
+    """
+    index = folder / INDEX
+    if index.exists():
+        files = sorted(set(_read_index(index).values()))
+        missing = [name for name in files if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{index} names {', '.join(missing)}, not in {folder}")
+        paths = [folder / name for name in files]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise FileNotFoundError(f"{folder} holds no safetensors file")
+    found: dict[str, StoredTensor] = {}
+    for path in paths:
+        for name, tensor in read_header(path).items():
+            if name in found:
+                raise ValueError(f"{path} and {found[name].file} both hold {name}")
+            found[name] = tensor
+    return found
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        names = json.loads(index.read_text())["weight_map"]
+        if not all(isinstance(name, str) and "/" not in name for name in names.values()):
+            raise TypeError("a file name is not a plain name")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from None
+    return names
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file.
+
+    Raises:
+      ValueError: the file is cut off, or its header is not one.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise ValueError(
+                f"{path} is not a safetensors file: {size} bytes, header of {length} bytes"
+            )
+        try:
+            header = json.loads(file.read(length).decode())
+            entries = {n: _entry(path, e, 8 + length) for n, e in header.items()
+                       if n != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} has a corrupt header: {error}") from None
+    end = 8 + length
+    for tensor in sorted(entries.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != end:
+            raise ValueError(f"{path} is corrupt: a tensor begins at {tensor.offset}, not {end}")
+        end += tensor.nbytes
+    if end != size:
+        raise ValueError(f"{path} is corrupt: {size} bytes where its header wants {end}")
+    return entries
+
+
+def _entry(path: Path, entry: dict[str, Any], start: int) -> StoredTensor:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {entry['dtype']!r} is unknown")
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"shape {shape} or range {begin}..{end} is impossible")
+    tensor = StoredTensor(
+        file=path, offset=start + begin, dtype=DTYPES[entry["dtype"]], shape=shape
+    )
+    if tensor.nbytes != end - begin:
+        raise ValueError(f"{entry['dtype']}{list(shape)} does not take {end - begin} bytes")
+    return tensor
+
+
+def write_file(
+    path: Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[np.ndarray]
+) -> None:
+    """Writes one file, tensor by tensor.
+
+    Args:
+      path: of the file.
+      specs: dtype and shape of each tensor, in order.
+      tensors: the arrays, in the same order; each is dropped once written.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in specs.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin on 8 bytes
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for (dtype, shape), tensor in zip(specs.values(), tensors, strict=True):
+            if tensor.dtype != dtype or tensor.shape != shape:
+                raise ValueError(f"{path}: {tensor.dtype}{tensor.shape} is not {dtype}{shape}")
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
