@@ -1,0 +1,1 @@
+"""Generation: a paged latent cache, an engine that decodes in fixed slots, and sampling."""

@@ -1,0 +1,101 @@
+"""The `generate` command: text after a prompt, or an answer in a chat."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from whalejax.generation.cache import CacheConfig
+from whalejax.generation.engine import Engine
+from whalejax.generation.sampling import SamplingConfig
+from whalejax.tokenizer import load
+from whalejax.weights import from_pretrained
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Generation from a Hugging Face directory.
+
+    Attributes:
+      model: the directory, such as a run's `model/`.
+      prompt: text to continue, or the question with `chat`.
+      prompt_file: a file that holds the prompt instead.
+      chat: put the prompt into the tokenizer's chat template.
+      max_new_tokens: most tokens to write.
+      temperature: 0 takes the likeliest token each time.
+      top_p: draw from the likeliest tokens of this total probability.
+      seed: of the draws.
+      dtype: of the weights; None for as stored.
+    """
+
+    model: Path = Path("runs/demo/model")
+    prompt: str = ""
+    prompt_file: Path | None = None
+    chat: bool = False
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 0.95
+    seed: int = 0
+    dtype: Literal["f32", "bf16"] | None = None
+
+
+def generate(config: GenerateConfig) -> None:
+    """Streams the text to standard output.
+
+    Raises:
+      FileNotFoundError: the model or the prompt file does not exist.
+      ValueError: there is no prompt, no chat template, or the prompt is too long.
+    """
+    sampling = SamplingConfig(
+        temperature=config.temperature, top_p=config.top_p, seed=config.seed
+    )
+    prompt = read_prompt(config)
+    if not config.model.is_dir():
+        raise FileNotFoundError(f"{config.model} is not a directory with a model")
+    tokenizer = load(config.model)
+    if config.chat:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+    tokens = tokenizer.encode(prompt)
+    dtypes = {None: None, "f32": np.dtype("float32"), "bf16": "bfloat16"}
+    model = from_pretrained(config.model, dtype=dtypes[config.dtype])
+    length = len(tokens) + config.max_new_tokens
+    engine = Engine(model, CacheConfig(num_slots=1, max_length=length))
+    shown, new = "", []
+    if not config.chat:
+        sys.stdout.write(prompt)
+    for step in engine.stream(
+        [tokens],
+        sampling=sampling,
+        max_new_tokens=config.max_new_tokens,
+        stop_tokens=(tokenizer.eos_id,),
+    ):
+        if step.finish_reason == "stop":
+            break
+        new.append(step.token)
+        text = tokenizer.decode(new)
+        if not text.endswith("\ufffd"):  # the middle of a character: wait for the rest
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    sys.stdout.write("\n")
+
+
+def read_prompt(config: GenerateConfig) -> str:
+    """The prompt, from the flag or the file.
+
+    Raises:
+      FileNotFoundError: the prompt file does not exist.
+      ValueError: there is no prompt, or there are two.
+    """
+    if config.prompt and config.prompt_file is not None:
+        raise ValueError("give --prompt or --prompt-file, not both")
+    prompt = config.prompt
+    if config.prompt_file is not None:
+        if not config.prompt_file.is_file():
+            raise FileNotFoundError(f"{config.prompt_file} does not exist")
+        prompt = config.prompt_file.read_text()
+    if not prompt:
+        raise ValueError("the prompt is empty: give --prompt or --prompt-file")
+    return prompt
