@@ -1,0 +1,46 @@
+"""What this machine has: versions, devices, and which backend of each op can run."""
+
+import importlib
+import importlib.metadata
+import pkgutil
+import platform
+from collections.abc import Iterator
+
+import whalejax
+from whalejax import kernels
+from whalejax.kernels.backend import unusable
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
+
+
+def info() -> None:
+    """Prints versions, devices, and a table of ops and backends with the reasons against them."""
+    import jax
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    versions = [f"whalejax {whalejax.__version__}", f"Python {platform.python_version()}"]
+    versions += [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    console.print(", ".join(versions), soft_wrap=True)
+    for device in jax.devices():
+        stats = device.memory_stats() or {}
+        memory = f", {stats['bytes_limit'] / 2**30:.0f} GiB" if "bytes_limit" in stats else ""
+        console.print(f"device {device.id}: {device.platform}, {device.device_kind}{memory}")
+    table = Table("op", "backend", "usable here")
+    for op, backend, reason in backends():
+        table.add_row(op, backend, "yes" if reason is None else f"no: {reason}")
+    console.print(table)
+
+
+def backends() -> Iterator[tuple[str, str, str | None]]:
+    """Every op's backends, best first, each with the reason why it cannot run here or None."""
+    for module in pkgutil.iter_modules(kernels.__path__):
+        if not module.ispkg:
+            continue
+        try:
+            api = importlib.import_module(f"whalejax.kernels.{module.name}.api")
+        except ModuleNotFoundError:
+            continue
+        for backend, path in getattr(api, "BACKENDS", {}).items():
+            yield module.name, backend, unusable(path)
