@@ -1,0 +1,100 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whalejax.kernels.permutation import permute, plan_permutation, unpermute
+
+CHOICES = st.tuples(
+    st.integers(1, 12), st.integers(1, 3), st.integers(3, 5), st.sampled_from([1, 4, 8]),
+    st.integers(0, 2**32 - 1),
+)  # fmt: skip
+
+
+def choose(tokens, k, experts, seed):
+    """Distinct experts of each token, some of them -1."""
+    rng = np.random.default_rng(seed)
+    idx = np.stack([rng.permutation(experts)[:k] for _ in range(tokens)])
+    return np.where(rng.random(idx.shape) < 0.2, -1, idx).astype(np.int32)
+
+
+@given(sizes=CHOICES)
+@settings(max_examples=40, deadline=None)
+def test_every_choice_has_one_row_in_its_experts_range(sizes):
+    tokens, k, experts, alignment, seed = sizes
+    idx = choose(tokens, k, experts, seed)
+    plan = jax.tree.map(
+        np.asarray, plan_permutation(jnp.asarray(idx), experts, alignment=alignment)
+    )
+    np.testing.assert_array_equal(
+        plan.group_sizes, [(idx == expert).sum() for expert in range(experts)]
+    )
+    starts = np.cumsum([0, *(-(-plan.group_sizes // alignment) * alignment)])
+    rows = len(plan.source)
+    assert rows % alignment == 0 and starts[-1] <= rows
+    used = plan.row_of[idx >= 0]
+    assert len(set(used)) == len(used)
+    assert (plan.row_of[idx < 0] == rows).all()
+    for t, choice in np.ndindex(*idx.shape):
+        expert, row = idx[t, choice], plan.row_of[t, choice]
+        if expert >= 0:
+            assert starts[expert] <= row < starts[expert] + plan.group_sizes[expert]
+            assert plan.source[row] == t * k + choice
+    padding = np.setdiff1d(np.arange(rows), used)
+    assert (plan.source[padding] == idx.size).all()
+
+
+@pytest.mark.parametrize(
+    "idx",
+    [[[2], [2], [2], [2], [2]], [[0, 1]], [[-1, -1], [-1, -1]], [[3, 0], [-1, 3], [0, 3]]],
+    ids=["all to one", "one token", "nobody", "uneven"],
+)
+def test_there_and_back_weighs_and_sums(idx):
+    idx = jnp.asarray(idx, jnp.int32)
+    plan = plan_permutation(idx, 4, alignment=8)
+    x = jax.random.normal(jax.random.key(0), (idx.shape[0], 6))
+    weights = jax.random.uniform(jax.random.key(1), idx.shape)
+    back = unpermute(permute(x, plan), weights, plan)
+    total = np.sum(np.where(idx >= 0, weights, 0), axis=1, keepdims=True)
+    np.testing.assert_allclose(back, np.asarray(x) * total, rtol=1e-6, atol=1e-7)
+
+
+def test_padding_rows_are_zero():
+    plan = plan_permutation(jnp.array([[1], [1], [0]], jnp.int32), 3, alignment=4)
+    rows = np.asarray(permute(jnp.ones((3, 2)), plan))
+    np.testing.assert_array_equal(rows.sum(1), [2, 0, 0, 0, 2, 2, *[0] * (len(rows) - 6)])
+
+
+def test_gradients_equal_those_of_a_dense_formula():
+    idx = jnp.asarray(choose(9, 2, 4, 5))
+    plan = plan_permutation(idx, 4, alignment=8)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, weights = jax.random.normal(keys[0], (9, 5)), jax.random.uniform(keys[1], (9, 2))
+    scale = jax.random.normal(keys[2], (4, 5))  # what each expert multiplies its rows by
+    target = jax.random.normal(keys[3], (9, 5))
+
+    def sparse(x, weights, scale):
+        starts = jnp.cumsum(-(-plan.group_sizes // 8) * 8)
+        rows = permute(x, plan)
+        expert = jnp.sum(jnp.arange(len(rows))[:, None] >= starts[None], axis=1)
+        rows = jnp.tanh(rows * scale[jnp.minimum(expert, 3)])
+        return jnp.sum(unpermute(rows, weights, plan) * target)
+
+    def dense(x, weights, scale):
+        out = jnp.tanh(x[:, None] * scale[None])  # [token, expert, 5]
+        chosen = jnp.where(idx[..., None] >= 0, jax.nn.one_hot(idx, 4) * weights[..., None], 0.0)
+        return jnp.sum(jnp.einsum("tke,teh->th", chosen, out) * target)
+
+    got = jax.grad(sparse, argnums=(0, 1, 2))(x, weights, scale)
+    expected = jax.grad(dense, argnums=(0, 1, 2))(x, weights, scale)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_impossible_plans_are_refused():
+    with pytest.raises(ValueError, match=r"topk_idx.shape=\(3,\)"):
+        plan_permutation(jnp.zeros(3, jnp.int32), 4)
+    with pytest.raises(ValueError, match="num_experts=0"):
+        plan_permutation(jnp.zeros((3, 1), jnp.int32), 0)
