@@ -36,7 +36,7 @@ def attention(
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     mask = MaskType.CAUSAL if causal else MaskType.NO_MASK
-    return dot_product_attention(q, k, v, scale=scale, mask_type=mask)[0]
+    return dot_product_attention(q, k, v, scale=scale, mask_type=mask)
 
 
 def _cudnn_version() -> int:
