@@ -1,5 +1,6 @@
 """Progress of long work: a live line on a terminal, plain lines in a log."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ class Bar:
 
     def __init__(self, show: Any, description: str, total: int, completed: int):
         self._show, self._description, self._total = show, description, total
-        self._done, self._shown = completed, 0.0
+        self._done, self._shown = completed, -math.inf
 
     def advance(self, amount: int = 1, **fields: float) -> None:
         """Counts `amount` more steps; the fields are printed beside them."""

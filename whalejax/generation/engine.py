@@ -1,5 +1,6 @@
 """The engine: prefill a prompt, then decode all slots together, one compiled step for any mix."""
 
+import dataclasses
 import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -41,12 +42,15 @@ class Engine:
 
     Args:
       model: its parameters stay where they are.
-      config: sizes of the cache; `max_length` is cut to the model's context.
+      config: sizes of the cache; `max_length` is cut to the model's context before any page is
+        made.
     """
 
     def __init__(self, model: Decoder, config: CacheConfig = CacheConfig()):
+        context = min(config.max_length, model.config.max_position_embeddings)
+        config = dataclasses.replace(config, max_length=context)
         self.config, self.model_config = config, model.config
-        self.max_length = min(config.max_length, model.config.max_position_embeddings)
+        self._streaming = False
         self._graphdef, self._state = nnx.split(model)
         self._prefill = jax.jit(functools.partial(_prefill, self._graphdef), donate_argnums=1)
         self._decode = jax.jit(functools.partial(_decode, self._graphdef), donate_argnums=1)
@@ -91,6 +95,7 @@ class Engine:
 
         Raises:
           ValueError: a prompt is empty, holds what is not a token, or does not fit.
+          RuntimeError: at the first token, if another stream of this engine has not ended.
         """
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
         self._check(prompts, max_new_tokens)
@@ -99,14 +104,14 @@ class Engine:
     def _check(self, prompts: list[np.ndarray], max_new_tokens: int) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be positive")
-        room = min(self.max_length, self.config.total_pages * self.config.page_size)
+        room = min(self.config.max_length, self.config.total_pages * self.config.page_size)
         for i, prompt in enumerate(prompts):
             if prompt.ndim != 1 or not prompt.size:
                 raise ValueError(f"prompt {i} is empty")
             if prompt.min() < 0 or prompt.max() >= self.model_config.vocab_size:
+                wrong = prompt.min() if prompt.min() < 0 else prompt.max()
                 raise ValueError(
-                    f"prompt {i} holds token {prompt.max()}, vocab_size="
-                    f"{self.model_config.vocab_size}"
+                    f"prompt {i} holds token {wrong}, vocab_size={self.model_config.vocab_size}"
                 )
             if len(prompt) + max_new_tokens > room:
                 raise ValueError(
@@ -115,6 +120,15 @@ class Engine:
                 )
 
     def _run(self, prompts, sampling, max_new_tokens, stop) -> Iterator[NewToken]:
+        if self._streaming:  # both would write the same pages
+            raise RuntimeError("another stream of this engine has not ended: finish or close it")
+        self._streaming = True
+        try:
+            yield from self._serve(prompts, sampling, max_new_tokens, stop)
+        finally:
+            self._streaming = False
+
+    def _serve(self, prompts, sampling, max_new_tokens, stop) -> Iterator[NewToken]:
         slots = _Slots(self.config, sampling)
         waiting = deque(enumerate(prompts))
         while waiting or slots.running:

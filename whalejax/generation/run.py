@@ -2,15 +2,16 @@
 
 import dataclasses
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from whalejax.generation.cache import CacheConfig
-from whalejax.generation.engine import Engine
+from whalejax.generation.engine import Engine, NewToken
 from whalejax.generation.sampling import SamplingConfig
-from whalejax.tokenizer import load
+from whalejax.tokenizer import Tokenizer, load
 from whalejax.weights import from_pretrained
 
 
@@ -40,6 +41,10 @@ class GenerateConfig:
     seed: int = 0
     dtype: Literal["f32", "bf16"] | None = None
 
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be positive")
+
 
 def generate(config: GenerateConfig) -> None:
     """Streams the text to standard output.
@@ -62,24 +67,30 @@ def generate(config: GenerateConfig) -> None:
     model = from_pretrained(config.model, dtype=dtypes[config.dtype])
     length = len(tokens) + config.max_new_tokens
     engine = Engine(model, CacheConfig(num_slots=1, max_length=length))
-    shown, new = "", []
-    if not config.chat:
-        sys.stdout.write(prompt)
-    for step in engine.stream(
+    steps = engine.stream(
         [tokens],
         sampling=sampling,
         max_new_tokens=config.max_new_tokens,
         stop_tokens=(tokenizer.eos_id,),
-    ):
-        if step.finish_reason == "stop":
-            break
-        new.append(step.token)
-        text = tokenizer.decode(new)
-        if not text.endswith("\ufffd"):  # the middle of a character: wait for the rest
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
+    )
+    if not config.chat:
+        sys.stdout.write(prompt)
+    for text in pieces(steps, tokenizer):
+        sys.stdout.write(text)
+        sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def pieces(steps: Iterable[NewToken], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of one request's tokens as it grows; half a character waits for its rest."""
+    shown, new = "", []
+    for step in steps:
+        if step.finish_reason != "stop":
+            new.append(step.token)
+        text = tokenizer.decode(new)
+        if step.finish_reason or not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
 
 
 def read_prompt(config: GenerateConfig) -> str:
@@ -95,7 +106,7 @@ def read_prompt(config: GenerateConfig) -> str:
     if config.prompt_file is not None:
         if not config.prompt_file.is_file():
             raise FileNotFoundError(f"{config.prompt_file} does not exist")
-        prompt = config.prompt_file.read_text()
+        prompt = config.prompt_file.read_text(encoding="utf-8")
     if not prompt:
         raise ValueError("the prompt is empty: give --prompt or --prompt-file")
     return prompt

@@ -1,6 +1,7 @@
 """Choosing the next token: greedy, by temperature, or from the nucleus (top-p)."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,12 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} must be 0 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be 0 or more, and finite")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if not -(2**31) <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed} must fit 32 bits with a sign")
 
 
 def sample(
@@ -54,12 +57,14 @@ def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 
     Args:
       logits: `f32[b, vocab]`.
-      top_p: `f32[b]`; the likeliest token always stays.
+      top_p: `f32[b]`; the likeliest token always stays, and at 1 every token.
     """
     order = jnp.argsort(-logits, axis=-1)
     probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept_in_order = (before < top_p[:, None]).at[:, 0].set(True)
+    # the float32 sum of a long tail may round to 1 before its end
+    enough = jnp.where(top_p < 1, top_p, jnp.inf)
+    kept_in_order = (before < enough[:, None]).at[:, 0].set(True)
     kept = jnp.take_along_axis(kept_in_order, jnp.argsort(order, axis=-1), axis=-1)
     return jnp.where(kept, logits, -jnp.inf)
 

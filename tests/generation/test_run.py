@@ -1,0 +1,105 @@
+import json
+
+import pytest
+import tokenizers
+
+from whalejax.generation import run
+from whalejax.generation.cache import CacheConfig
+from whalejax.generation.engine import Engine, NewToken
+from whalejax.generation.run import GenerateConfig, generate, pieces, read_prompt
+from whalejax.tokenizer import ByteTokenizer
+from whalejax.weights import save_pretrained
+
+
+@pytest.fixture(scope="module")
+def folder(v3_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model"
+    save_pretrained(v3_model, path)
+    return path
+
+
+@pytest.fixture
+def chat_folder(folder, tmp_path):
+    """The same weights behind a tokenizer with a chat template."""
+    path = tmp_path / "chat"
+    path.mkdir()
+    for file in folder.iterdir():
+        (path / file.name).symlink_to(file)
+    words = ["<unk>", "<user>", "<assistant>", "</s>", "hello", "world"]
+    model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path / "tokenizer.json"))
+    template = "<user> {{ messages[0]['content'] }} <assistant>"
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "</s>", "chat_template": template})
+    )
+    return path
+
+
+def test_writes_the_prompt_and_what_the_engine_gives(folder, v3_model, capsys):
+    generate(GenerateConfig(model=folder, prompt="def f", max_new_tokens=9, temperature=0))
+    out = capsys.readouterr().out
+    engine = Engine(v3_model, CacheConfig(num_slots=1, max_length=14))
+    (completion,) = engine.generate([list(b"def f")], max_new_tokens=9, stop_tokens=(0,))
+    assert out == "def f" + bytes(completion.tokens).decode(errors="replace") + "\n"
+
+
+def test_the_prompt_comes_from_a_file(tmp_path):
+    (tmp_path / "p.txt").write_text("naïve", encoding="utf-8")
+    assert read_prompt(GenerateConfig(prompt_file=tmp_path / "p.txt")) == "naïve"
+    with pytest.raises(ValueError, match="not both"):
+        read_prompt(GenerateConfig(prompt="a", prompt_file=tmp_path / "p.txt"))
+    with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
+        read_prompt(GenerateConfig(prompt_file=tmp_path / "none.txt"))
+
+
+def steps(content, reason="length"):
+    last = len(content) - 1
+    return [NewToken(0, b, reason if i == last else None) for i, b in enumerate(content)]
+
+
+def test_half_a_character_waits_for_its_rest():
+    got = list(pieces(steps("aé€".encode()), ByteTokenizer()))
+    assert [text for text in got if text] == ["a", "é", "€"]
+
+
+def test_what_never_becomes_a_character_is_shown_at_the_end():
+    assert "".join(pieces(steps("a€".encode()[:-1]), ByteTokenizer())) == "a\ufffd"
+    assert "".join(pieces(steps(b"ab\0", reason="stop"), ByteTokenizer())) == "ab"
+
+
+def test_chat_applies_the_template_and_stops_at_its_end(chat_folder, monkeypatch, capsys):
+    asked = {}
+
+    def stream(self, prompts, **options):
+        asked.update(prompts=[list(map(int, p)) for p in prompts], **options)
+        return iter([NewToken(0, 5, None), NewToken(0, 3, "stop")])
+
+    monkeypatch.setattr(run.Engine, "stream", stream)
+    generate(GenerateConfig(model=chat_folder, prompt="hello world", chat=True, top_p=0.5, seed=3))
+    assert asked["prompts"] == [[1, 4, 5, 2]] and asked["stop_tokens"] == (3,)
+    assert asked["sampling"].top_p == 0.5 and asked["sampling"].seed == 3
+    assert capsys.readouterr().out == "world\n"  # the question is not repeated
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"chat": True}, "no chat template"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "a" * 60}, "60 tokens, with max_new_tokens=5 more than the 64"),
+        ({"max_new_tokens": 10**9}, "more than the 64 that fit"),
+        ({"seed": 2**40}, "seed=1099511627776"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line_and_writes_nothing(folder, flags, says, capsys):
+    with pytest.raises(ValueError, match=says) as error:
+        generate(GenerateConfig(**{"model": folder, "prompt": "a", "max_new_tokens": 5, **flags}))
+    assert "\n" not in str(error.value) and capsys.readouterr().out == ""
+
+
+def test_an_answer_has_at_least_one_token():
+    with pytest.raises(ValueError, match="max_new_tokens=-3"):
+        GenerateConfig(max_new_tokens=-3)

@@ -1,0 +1,44 @@
+import types
+
+from whalejax import progress as module
+from whalejax.progress import progress, stage
+
+
+def test_a_log_gets_lines_now_and_then(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    with progress("training", total=6, completed=1) as bar:
+        for i in range(5):
+            bar.advance(1, loss=1 / (i + 1))
+    lines = capsys.readouterr().out.splitlines()
+    # a step every 3 s, a line at most every 5 s
+    assert lines == ["training 2/6  loss 1", "training 4/6  loss 0.3333", "training 6/6  loss 0.2"]
+
+
+def test_the_last_step_is_always_shown(capsys):
+    with progress("reading", total=3) as bar:
+        for _ in range(3):
+            bar.advance()
+    assert "reading 3/3" in capsys.readouterr().out
+
+
+def test_a_stage_has_a_time(capsys):
+    stage("exporting")
+    out = capsys.readouterr().out
+    assert "== exporting" in out and " s)" in out
+
+
+def test_a_terminal_gets_a_live_line(monkeypatch):
+    import io
+
+    import rich.console
+
+    screen = io.StringIO()
+    console = rich.console.Console
+    monkeypatch.setattr(
+        rich.console, "Console", lambda **_: console(file=screen, force_terminal=True, width=100)
+    )
+    with progress("training", total=4) as bar:
+        for _ in range(4):
+            bar.advance(1, loss=0.5)
+    assert "4/4" in screen.getvalue() and "loss 0.5" in screen.getvalue()
