@@ -50,8 +50,10 @@ def assert_rows_close(actual: ArrayLike, expected: ArrayLike, *, tolerance: floa
     errors = np.atleast_1d(row_errors(actual, expected))
     wrong = ~(errors <= tolerance)  # NaN compares false, so it counts as wrong
     if wrong.any():
-        worst = np.unravel_index(np.argmax(np.where(np.isnan(errors), np.inf, errors)), errors.shape)
+        worst = np.unravel_index(
+            np.argmax(np.where(np.isnan(errors), np.inf, errors)), errors.shape
+        )
         raise AssertionError(
-            f"{wrong.sum()} of {errors.size} rows differ by more than {tolerance:.3g}; the worst is "
-            f"row {tuple(map(int, worst))} with a relative error of {errors[worst]:.3g}"
+            f"{wrong.sum()} of {errors.size} rows differ by more than {tolerance:.3g}; the worst "
+            f"is row {tuple(map(int, worst))} with a relative error of {errors[worst]:.3g}"
         )

@@ -70,8 +70,12 @@ def test_public_names_have_docstrings(module):
     name, tree = module
     assert ast.get_docstring(tree), name
     classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
-    functions = [n for body in (tree, *classes) for n in body.body
-                 if isinstance(n, ast.FunctionDef) and n.name[0] != "_"]
+    functions = [
+        n
+        for body in (tree, *classes)
+        for n in body.body
+        if isinstance(n, ast.FunctionDef) and n.name[0] != "_"
+    ]
     for node in (*classes, *functions):
         assert ast.get_docstring(node), f"{name}.{node.name}"
 

@@ -21,7 +21,7 @@ def call(args, capsys):
         (["train", "--steps", "0"], "steps=0"),
         (["train", "--preset", "huge"], "preset 'huge' is unknown; there are tiny"),
         (["train", "--data", "no/such/file"], "no/such/file does not exist"),
-        (["train", "--from", "no/such/model"], "no/such/model/config.json does not exist"),
+        (["train", "--from", "no/such/model"], "no/such/model is not a directory"),
         (["train", "--tokenizer", "no/tokenizer.json"], "no/tokenizer.json does not exist"),
         (["generate", "--prompt", "a", "--model", "no/model"], "no/model is not a directory"),
         (["generate"], "the prompt is empty"),
@@ -84,9 +84,7 @@ def test_info_names_every_op_and_why_not(capsys):
 
 
 def test_python_m_whalejax_is_the_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "whalejax", "fly"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "whalejax", "fly"], capture_output=True, text=True)
     assert done.returncode == 2 and "'fly' is no command" in done.stderr
 
 

@@ -62,7 +62,8 @@ def test_a_template_file_comes_first(folder):
 
 @pytest.mark.parametrize(
     ("template", "says"),
-    [("{{ raise_exception('no system') }}", "refuses: no system"), ("{% if %}", "bad chat template"),
+    [("{{ raise_exception('no system') }}", "refuses: no system"),
+     ("{% if %}", "bad chat template"),
      (None, "has no chat template")],
 )  # fmt: skip
 def test_templates_that_fail(folder, template, says):

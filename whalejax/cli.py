@@ -133,6 +133,11 @@ def usage() -> str:
     """The commands, a line each."""
     lines = [f"  {name:10}{command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["usage: whalejax COMMAND [flags]   (--help for a command's flags)", "", *lines, "",
-         f"  {DEBUG} anywhere prints the traceback of an error"]
+        [
+            "usage: whalejax COMMAND [flags]   (--help for a command's flags)",
+            "",
+            *lines,
+            "",
+            f"  {DEBUG} anywhere prints the traceback of an error",
+        ]
     )

@@ -50,8 +50,9 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         steps=config.steps,
         seed=config.seed,
         save_every=max(config.steps // 4, 1),
-        optimizer=OptimizerConfig(peak_lr=4e-3, final_lr=2e-4, warmup_steps=40,
-                                  constant_fraction=0.4),
+        optimizer=OptimizerConfig(
+            peak_lr=4e-3, final_lr=2e-4, warmup_steps=40, constant_fraction=0.4
+        ),
     )
     stage("training on the Python standard library, to half way")
     train(dataclasses.replace(settings, stop_at=config.steps // 2))

@@ -25,9 +25,7 @@ def why_not(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
     return None
 
 
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: bool
-) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: bool) -> jax.Array:
     """Attention of `[b, s, h, d]` arrays."""
     batch, length, heads, _ = q.shape
     block = pick(length).block
@@ -84,9 +82,11 @@ def _forward(q, k, v, scale, causal, length):
             return new_top, total, out * shrink[..., None] + part
 
         # key 0 is seen by every query, so that no maximum stays -inf after the first block
-        empty = (jnp.full_like(q_i, -jnp.inf, jnp.float32)[..., 0],
-                 jnp.zeros_like(q_i, jnp.float32)[..., 0],
-                 _zeros_with(q_i, v.shape[3]))
+        empty = (
+            jnp.full_like(q_i, -jnp.inf, jnp.float32)[..., 0],
+            jnp.zeros_like(q_i, jnp.float32)[..., 0],
+            _zeros_with(q_i, v.shape[3]),
+        )
         top, total, out = jax.lax.fori_loop(0, _key_blocks(i, num_blocks, causal), add, empty)
         return None, ((out / total[..., None]).astype(v.dtype), top + jnp.log(total))
 
@@ -125,7 +125,9 @@ def _backward(scale, causal, length, residuals, d_out):
             )
             d_k_j = jnp.einsum("nqk,nqd->nkd", d_scores, q_i, preferred_element_type=jnp.float32)
             d_v_j = jnp.einsum(
-                "nqk,nqd->nkd", weights.astype(v.dtype), d_out_i,
+                "nqk,nqd->nkd",
+                weights.astype(v.dtype),
+                d_out_i,
                 preferred_element_type=jnp.float32,
             )
             return d_q, d_k.at[j].add(d_k_j), d_v.at[j].add(d_v_j)

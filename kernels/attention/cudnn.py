@@ -1,4 +1,4 @@
-"""Attention by cuDNN's fused kernels, forward and backward (Hopper and newer take MLA's 192/128)."""
+"""Attention by cuDNN's fused kernels; on Hopper and newer they take MLA's head dims, 192/128."""
 
 import jax
 
@@ -29,9 +29,7 @@ def why_not(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
     return unusable()
 
 
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: bool
-) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: bool) -> jax.Array:
     """Attention of `[b, s, h, d]` arrays."""
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 

@@ -9,9 +9,7 @@ def why_not(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
     return None
 
 
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: bool
-) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: bool) -> jax.Array:
     """`softmax(scale * q k^T) v` per head, in float32."""
     q, k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * scale

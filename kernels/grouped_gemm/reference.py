@@ -15,9 +15,7 @@ def why_not(x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment: int) 
     return None
 
 
-def grouped_matmul(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment: int
-) -> jax.Array:
+def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment: int) -> jax.Array:
     """`x[rows of g] @ w[g].T` for each group g; padding rows are zero."""
     padded = aligned(group_sizes, alignment)
     product = jax.lax.ragged_dot_general(

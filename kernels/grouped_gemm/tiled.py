@@ -17,9 +17,7 @@ def why_not(x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment: int) 
     return None
 
 
-def grouped_matmul(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment: int
-) -> jax.Array:
+def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment: int) -> jax.Array:
     """`x[rows of g] @ w[g].T` for each group g; padding rows are zero."""
     num_tiles = x.shape[0] // alignment
     tiles = x.reshape(num_tiles, alignment, x.shape[1])

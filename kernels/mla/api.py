@@ -57,7 +57,9 @@ def mla_decode(
     if not 0 < v_dim <= q.shape[3]:
         raise ValueError(f"mla_decode: v_dim={v_dim} must lie in 1..d={q.shape[3]}")
     if q.dtype != kv_pages.dtype:
-        raise ValueError(f"mla_decode: q.dtype={q.dtype} and kv_pages.dtype={kv_pages.dtype} differ")
+        raise ValueError(
+            f"mla_decode: q.dtype={q.dtype} and kv_pages.dtype={kv_pages.dtype} differ"
+        )
     backend = choose("mla_decode", BACKENDS, implementation, q, kv_pages)
     return backend.mla_decode(
         q, kv_pages, page_table, lengths, v_dim=v_dim, scale=scale, causal=causal

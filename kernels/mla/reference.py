@@ -34,6 +34,10 @@ def mla_decode(
     lse = jax.nn.logsumexp(scores, axis=-1)
     seen = jnp.isfinite(lse)
     weights = jnp.exp(scores - jnp.where(seen, lse, 0.0)[..., None])
-    out = jnp.einsum("bhqk,bkv->bqhv", weights.astype(q.dtype), keys[..., :v_dim],
-                     preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bhqk,bkv->bqhv",
+        weights.astype(q.dtype),
+        keys[..., :v_dim],
+        preferred_element_type=jnp.float32,
+    )
     return out.astype(q.dtype), jnp.where(seen, lse, jnp.inf)

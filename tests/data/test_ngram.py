@@ -8,7 +8,9 @@ from whalejax.data.ngram import evaluate
 
 def slow(train, heldout, vocab_size):
     """The definition, one token at a time."""
-    counts = [Counter(tuple(train[i : i + n]) for i in range(len(train) - n + 1)) for n in (1, 2, 3)]
+    counts = [
+        Counter(tuple(train[i : i + n]) for i in range(len(train) - n + 1)) for n in (1, 2, 3)
+    ]
     # a context counts only where a token follows it
     contexts = [Counter(tuple(train[i : i + n]) for i in range(len(train) - n)) for n in (1, 2)]
 

@@ -73,4 +73,6 @@ def prompts():
     """Prompts that end before, on and behind the edge of a page of 8."""
     keys = jax.random.split(jax.random.key(1), 6)
     lengths = (1, 5, 8, 17, 9, 3)
-    return [jax.random.randint(k, (n,), 0, 256).tolist() for k, n in zip(keys, lengths, strict=True)]
+    return [
+        jax.random.randint(k, (n,), 0, 256).tolist() for k, n in zip(keys, lengths, strict=True)
+    ]

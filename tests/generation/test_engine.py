@@ -59,16 +59,16 @@ def test_greedy_text_is_the_argmax_of_the_full_forward(model, prompts, garbage):
     assert len({tuple(c.tokens) for c in completions}) == len(prompts)
 
 
-def test_one_decode_step_is_compiled_for_any_mix(v3_model, prompts):
-    engine = Engine(v3_model, CACHE)
+def test_one_decode_step_is_compiled_for_any_mix(engine, prompts):
     engine.generate(prompts[:1], max_new_tokens=2)
     engine.generate(prompts, sampling=HOT, max_new_tokens=5)
     engine.generate(prompts[3:], max_new_tokens=NEW, stop_tokens=(1, 2, 3))
     assert engine._decode._cache_size() == 1
-    assert engine._prefill._cache_size() == 2  # buckets of 8, 16 and 32: 16 and 32 hold 9 and 17
+    assert 3 <= engine._prefill._cache_size() <= 4  # buckets of 8, 16, 32, and 64 of another test
 
 
 def test_text_depends_neither_on_slots_nor_on_neighbours(v3_model, engine, prompts):
+    prompts = [prompt for prompt in prompts if len(prompt) <= 8]  # of one bucket, to compile less
     together = engine.generate(prompts, sampling=HOT, max_new_tokens=NEW)
     alone = Engine(v3_model, dataclasses.replace(CACHE, num_slots=1))
     assert alone.generate(prompts, sampling=HOT, max_new_tokens=NEW) == together
@@ -94,12 +94,13 @@ def test_a_stop_token_ends_an_answer_and_is_left_out(engine, prompts):
 
 
 def test_slots_and_pages_are_used_again(v3_model, engine, prompts):
-    many = [prompts[i % len(prompts)] for i in range(10)]
+    short = [prompt for prompt in prompts if len(prompt) <= 8]
+    many = [short[i % len(short)] for i in range(10)]
     expected = engine.generate(many, max_new_tokens=4)
-    # 4 pages of 8 hold one of the longest, or two or three short ones: the others wait
-    tight = Engine(v3_model, dataclasses.replace(CACHE, num_pages=4))
+    # 3 pages of 8 hold one or two of these requests, though there are 3 slots: the others wait
+    tight = Engine(v3_model, dataclasses.replace(CACHE, num_pages=3))
     assert tight.generate(many, max_new_tokens=4) == expected
-    assert expected[: len(prompts)][0] == expected[len(prompts)]
+    assert expected[len(short) :] == expected[: -len(short)]
 
 
 def test_a_stream_gives_the_tokens_of_generate_as_they_come(engine, prompts):

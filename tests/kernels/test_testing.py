@@ -16,7 +16,7 @@ def test_the_worst_row_counts():
 
 def test_errors_are_relative_to_the_row():
     truth = np.array([[3.0, 4.0], [0.0, 0.0]])
-    np.testing.assert_allclose(row_errors(truth + [[0.5, 0], [0, 0]], truth), [0.1, 0.0])
+    np.testing.assert_allclose(row_errors(truth + np.array([[0.5, 0], [0, 0]]), truth), [0.1, 0.0])
     assert row_errors(truth + 1, truth)[1] == np.inf
 
 

@@ -80,7 +80,8 @@ def test_the_cache_of_v3_is_576_numbers_a_token():
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"qk_rope_head_dim": 5}, "qk_rope_head_dim=5 must be even"), ({"kv_lora_rank": 0}, "kv_lora_rank=0"),
+    [({"qk_rope_head_dim": 5}, "qk_rope_head_dim=5 must be even"),
+     ({"kv_lora_rank": 0}, "kv_lora_rank=0"),
      ({"q_lora_rank": -1}, "q_lora_rank=-1"), ({"v_head_dim": 1.5}, "v_head_dim=1.5")],
 )  # fmt: skip
 def test_impossible_sizes_are_refused(change, says):

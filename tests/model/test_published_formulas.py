@@ -109,7 +109,9 @@ def moe(p, x, m):
         scores /= scores.sum(-1, keepdims=True)
     out = np.zeros_like(x)
     for t in range(len(x)):
-        for e, w in zip(*choose(scores[t], p.get("gate.e_score_correction_bias", 0), m), strict=True):
+        for e, w in zip(
+            *choose(scores[t], p.get("gate.e_score_correction_bias", 0), m), strict=True
+        ):
             names = ("gate_proj", "up_proj", "down_proj")
             out[t] += w * mlp({n: p[f"experts.{n}"][e] for n in names}, x[t])
     shared = {n.removeprefix("shared_experts."): w for n, w in p.items() if "shared" in n}
@@ -122,8 +124,10 @@ def inside(p, prefix):
 
 def reference(model, tokens):
     config = model.config
-    params = {dotted(path): np.asarray(x, np.float64)
-              for path, x in jax.tree_util.tree_flatten_with_path(nnx.state(model))[0]}
+    params = {
+        dotted(path): np.asarray(x, np.float64)
+        for path, x in jax.tree_util.tree_flatten_with_path(nnx.state(model))[0]
+    }
     x = params["embed_tokens"][tokens]
     for layer in range(config.num_hidden_layers):
         dense = layer < config.num_dense_layers

@@ -26,7 +26,7 @@ from whalejax.weights import save_pretrained
 def text(tmp_path_factory):
     """Words in random order, enough for some hundred windows."""
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    words = random.Random(0).choices("the whale swims under a cold sea".split(), k=4000)
+    words = random.Random(0).choices(["the", "whale", "swims", "under", "a", "cold", "sea"], k=4000)
     path.write_text(" ".join(words))
     return path
 

@@ -75,8 +75,11 @@ def test_eight_devices_compute_what_one_does(micro):
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(one[name], eight[name], rtol=1e-4, err_msg=name)
     np.testing.assert_allclose(one["load"], eight["load"], atol=1e-6)
-    cut = {path_name(p) for p, x in jax.tree_util.tree_flatten_with_path(state.params)[0]
-           if not x.sharding.is_fully_replicated}
+    cut = {
+        path_name(p)
+        for p, x in jax.tree_util.tree_flatten_with_path(state.params)[0]
+        if not x.sharding.is_fully_replicated
+    }
     assert "moe_layers.mlp.experts.gate_proj" in cut and "lm_head" in cut
 
 

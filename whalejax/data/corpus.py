@@ -144,6 +144,8 @@ def _rows(file: Path, column: str) -> Iterable[tuple[str, bytes]]:
     for batch in parquet.iter_batches(columns=[column]):
         for value in batch.column(0).to_pylist():
             if value is not None and not isinstance(value, str):
-                raise ValueError(f"{file}: column {column!r} holds {type(value).__name__}, not text")
+                raise ValueError(
+                    f"{file}: column {column!r} holds {type(value).__name__}, not text"
+                )
             yield f"#{row}", (value or "").encode()
             row += 1

@@ -10,9 +10,7 @@ import numpy as np
 ROUNDS = 4
 
 
-def batch_at(
-    tokens: np.ndarray, *, step: int, batch: int, length: int, seed: int
-) -> np.ndarray:
+def batch_at(tokens: np.ndarray, *, step: int, batch: int, length: int, seed: int) -> np.ndarray:
     """The sequences of one step.
 
     Args:

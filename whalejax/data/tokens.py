@@ -17,8 +17,9 @@ def join(documents: Sequence[bytes], tokenizer: Tokenizer) -> np.ndarray:
     Returns:
       `u8|u16|i32[tokens]`, the narrowest dtype that holds the vocabulary.
     """
-    dtype = next(d for d in (np.uint8, np.uint16, np.int32)
-                 if tokenizer.vocab_size - 1 <= np.iinfo(d).max)
+    dtype = next(
+        d for d in (np.uint8, np.uint16, np.int32) if tokenizer.vocab_size - 1 <= np.iinfo(d).max
+    )
     separator = np.array([tokenizer.eos_id], dtype)
     parts = [separator] * max(2 * len(documents) - 1, 0)
     parts[::2] = [np.asarray(tokenizer.encode(document), dtype) for document in documents]

@@ -215,8 +215,13 @@ class _Slots:
     def arrays(self) -> tuple[np.ndarray, ...]:
         """The arguments of the decode step: lengths count the token that goes in."""
         lengths = np.where(self.lengths > 0, self.lengths + 1, 0).astype(np.int32)
-        return (self._last.copy(), self.page_table.copy(), lengths, self.requests.copy(),
-                *self.sampling(self._count))
+        return (
+            self._last.copy(),
+            self.page_table.copy(),
+            lengths,
+            self.requests.copy(),
+            *self.sampling(self._count),
+        )
 
 
 def _prefill(graphdef, state, pages, tokens, page_table, lengths, requests, *sampling):

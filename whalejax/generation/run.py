@@ -53,9 +53,7 @@ def generate(config: GenerateConfig) -> None:
       FileNotFoundError: the model or the prompt file does not exist.
       ValueError: there is no prompt, no chat template, or the prompt is too long.
     """
-    sampling = SamplingConfig(
-        temperature=config.temperature, top_p=config.top_p, seed=config.seed
-    )
+    sampling = SamplingConfig(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
     prompt = read_prompt(config)
     if not config.model.is_dir():
         raise FileNotFoundError(f"{config.model} is not a directory with a model")

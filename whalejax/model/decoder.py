@@ -10,7 +10,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from whalejax.model.config import ModelConfig
-from whalejax.model.linear import linear
 from whalejax.model.mla import MLA, PagedCache, attend_absorbed, attend_expanded
 from whalejax.model.moe import MLP, MoE, MoEStats, mlp, moe
 from whalejax.model.parameters import Initializer, read, rms_norm
@@ -62,7 +61,7 @@ class DecoderLayer(nnx.Module):
 
 
 class MTPLayer(nnx.Module):
-    """Weights of the multi-token prediction modules (DeepSeek-V3, section 2.2), stacked by depth."""
+    """Weights of the multi-token prediction modules (DeepSeek-V3, section 2.2), by depth."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
         self.enorm = init.ones(config.hidden_size)
@@ -205,9 +204,7 @@ def forward(
     return Forward(hidden, jnp.concatenate(kept), load, balance)
 
 
-def positions_angles(
-    tokens: jax.Array, positions: jax.Array | None, config: ModelConfig
-) -> Rotary:
+def positions_angles(tokens: jax.Array, positions: jax.Array | None, config: ModelConfig) -> Rotary:
     """Rotary angles of `positions`, or of 0 to t-1."""
     if positions is None:
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]

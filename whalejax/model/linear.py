@@ -42,9 +42,7 @@ def linear(x: jax.Array, w: Weight) -> jax.Array:
     return product.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def grouped_linear(
-    x: jax.Array, w: Weight, group_sizes: jax.Array, *, alignment: int
-) -> jax.Array:
+def grouped_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, *, alignment: int) -> jax.Array:
     """Multiplies each group of rows by the weight of its expert.
 
     Args:

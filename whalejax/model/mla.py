@@ -51,9 +51,7 @@ class PagedCache(NamedTuple):
     lengths: jax.Array
 
 
-def queries(
-    p: MLA, x: jax.Array, angles: Rotary, config: MLAConfig
-) -> tuple[jax.Array, jax.Array]:
+def queries(p: MLA, x: jax.Array, angles: Rotary, config: MLAConfig) -> tuple[jax.Array, jax.Array]:
     """Queries without position `[b, t, h, nope]` and rotated `[b, t, h, rope]`."""
     if config.q_lora_rank is None:
         q = linear(x, p.q_proj)

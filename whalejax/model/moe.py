@@ -188,6 +188,4 @@ def moe(
             out = out + mlp(p.shared_experts, x)
     experts = jnp.arange(config.n_routed_experts, dtype=jnp.int32)
     load = jnp.sum(routing.topk_idx[..., None] == experts[None, None, None], axis=(0, 1, 2))
-    return out, MoEStats(
-        load.astype(jnp.int32), balance_loss(routing, config.n_routed_experts)
-    )
+    return out, MoEStats(load.astype(jnp.int32), balance_loss(routing, config.n_routed_experts))

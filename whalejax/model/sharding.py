@@ -36,7 +36,9 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     for pattern, spec in RULES:
         if re.search(pattern, path):
             axes = (None,) * (len(shape) - len(spec)) + spec[-len(shape) :]
-            fits = all(a is None or s % mesh.shape[a] == 0 for a, s in zip(axes, shape, strict=True))
+            fits = all(
+                a is None or s % mesh.shape[a] == 0 for a, s in zip(axes, shape, strict=True)
+            )
             return PartitionSpec(*axes) if fits else PartitionSpec()
     return PartitionSpec()
 

@@ -37,8 +37,11 @@ class OptimizerConfig:
     def __post_init__(self):
         positive = ("peak_lr", "eps", "clip_norm")
         wrong = [n for n in positive if not getattr(self, n) > 0]
-        wrong += [n for n in ("final_lr", "weight_decay", "warmup_steps", "bias_update_speed")
-                  if not getattr(self, n) >= 0]
+        wrong += [
+            n
+            for n in ("final_lr", "weight_decay", "warmup_steps", "bias_update_speed")
+            if not getattr(self, n) >= 0
+        ]
         wrong += [n for n in ("beta1", "beta2") if not 0 <= getattr(self, n) < 1]
         wrong += [n for n in ("constant_fraction",) if not 0 <= getattr(self, n) <= 1]
         if wrong:

@@ -16,10 +16,16 @@ def plot_loss(metrics: Path, png: Path) -> None:
     """
     lines = read_metrics(metrics)
     figure, axes = _figure(1)
-    for name, label in (("loss_main", "next token"), ("loss_mtp", "MTP"), ("heldout_loss", "held out")):
+    for name, label in (
+        ("loss_main", "next token"),
+        ("loss_mtp", "MTP"),
+        ("heldout_loss", "held out"),
+    ):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
-            axes[0].plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else "")
+            axes[0].plot(
+                *zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else ""
+            )
     axes[0].set(xlabel="step", ylabel="nats per token", title="loss")
     axes[0].legend()
     _save(figure, png)

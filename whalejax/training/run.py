@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from whalejax.data import corpus as corpora
@@ -42,6 +41,7 @@ from whalejax.training.step import (
     model_of,
     state_of,
 )
+from whalejax.weights import check_pretrained, from_pretrained, save_pretrained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,9 +143,7 @@ def prepare(config: TrainConfig) -> Prepared:
     """
     source = config.from_pretrained
     if source is not None:
-        from whalejax.weights import read_config
-
-        model = read_config(source)
+        model = check_pretrained(source)
     else:
         model = preset(config.preset)
     tokenizer = ByteTokenizer()
@@ -220,8 +218,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     plot_loss(metrics.path, config.out / "loss.png")
     plot_expert_load(metrics.path, config.out / "expert_load.png")
     if config.export:
-        from whalejax.weights import save_pretrained
-
         stage("exporting the weights")
         save_pretrained(
             model_of(ready.model, state),
@@ -229,8 +225,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
             tokenizer=ready.tokenizer,
             overwrite=True,
         )
-    return {"steps": stop, "heldout_loss": heldout, "tokens_per_s": speed,
-            "skipped": int(state.skipped)}
+    return {
+        "steps": stop,
+        "heldout_loss": heldout,
+        "tokens_per_s": speed,
+        "skipped": int(state.skipped),
+    }
 
 
 def record(config: TrainConfig, ready: Prepared) -> None:
@@ -248,8 +248,9 @@ def record(config: TrainConfig, ready: Prepared) -> None:
         changed = [n for n in settings if settings[n] != before.get(n)]
         if changed:
             shown = "; ".join(f"{n}: {before.get(n)} before, {settings[n]} now" for n in changed)
-            raise ValueError(f"{config.out} holds a run with other settings ({shown}): "
-                             "choose another --out")
+            raise ValueError(
+                f"{config.out} holds a run with other settings ({shown}): choose another --out"
+            )
     config.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1) + "\n")
     for name in ("train", "heldout"):
@@ -268,17 +269,8 @@ def first_state(
         return checkpoints.restore(latest, abstract), latest
     if config.from_pretrained is None:
         return init_state(ready.model, ready.step, ready.mesh, config.seed), 0
-    from whalejax.weights import from_pretrained
-
     stage(f"loading {config.from_pretrained}")
     model = from_pretrained(config.from_pretrained, dtype=np.dtype("float32"))
-    if model.config != ready.model:
-        # published exports often lack the MTP modules that config.json promises
-        raise ValueError(
-            f"{config.from_pretrained} lacks tensors that its config.json promises: "
-            f"num_nextn_predict_layers={ready.model.num_nextn_predict_layers} there, "
-            f"{model.config.num_nextn_predict_layers} loaded"
-        )
     abstract = abstract_state(ready.model, ready.step, ready.mesh)
     out = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.device_put(state_of(model, ready.step), out), 0
@@ -318,9 +310,7 @@ def loop(
     return state, tokens / max(time.perf_counter() - began, 1e-9) if tokens > 0 else 0.0
 
 
-def batches(
-    config: TrainConfig, ready: Prepared, start: int, stop: int
-) -> Iterator[jax.Array]:
+def batches(config: TrainConfig, ready: Prepared, start: int, stop: int) -> Iterator[jax.Array]:
     """The batches of steps `start` to `stop`, `i32[accumulate, b, t + 1]`, sharded."""
     sharding = batch_sharding(ready.mesh, leading=1)
     shape = (config.accumulate, config.batch_size // config.accumulate, config.length + 1)

@@ -88,9 +88,7 @@ def state_of(model: Decoder, config: StepConfig) -> TrainState:
 
 def abstract_state(model: ModelConfig, config: StepConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without its arrays."""
-    state = jax.eval_shape(
-        lambda: state_of(Decoder(model, rngs=nnx.Rngs(0)), config)
-    )
+    state = jax.eval_shape(lambda: state_of(Decoder(model, rngs=nnx.Rngs(0)), config))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,

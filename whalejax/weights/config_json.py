@@ -115,8 +115,13 @@ def _rope(values: dict[str, Any]) -> tuple[float, YarnConfig | None]:
         raise ValueError(f"rope_scaling type {kind!r} is not supported, only 'yarn'")
     if scaling.get("factor") is None:
         raise ValueError("rope_scaling: factor is missing")
-    names = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
-             "mscale_all_dim")
+    names = (
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+    )
     given = {name: scaling[name] for name in names if scaling.get(name) is not None}
     return theta, YarnConfig(factor=scaling["factor"], **given)
 
@@ -153,14 +158,30 @@ def write_config(config: ModelConfig, *, dtype: str, fp8: bool) -> dict[str, Any
         values[name] = getattr(config, name)
     for name in REQUIRED[4:]:
         values[name] = getattr(config.mla, name)
-    for name in ("first_k_dense_replace", "num_nextn_predict_layers", "max_position_embeddings",
-                 "rms_norm_eps", "initializer_range", "bos_token_id", "eos_token_id"):
+    for name in (
+        "first_k_dense_replace",
+        "num_nextn_predict_layers",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+    ):
         values[name] = getattr(config, name)
     if config.moe is not None:
         values["moe_layer_freq"] = 1
-        for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
-                     "n_shared_experts", "n_group", "topk_group", "scoring_func", "topk_method",
-                     "norm_topk_prob", "routed_scaling_factor"):
+        for name in (
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "n_shared_experts",
+            "n_group",
+            "topk_group",
+            "scoring_func",
+            "topk_method",
+            "norm_topk_prob",
+            "routed_scaling_factor",
+        ):
             values[name] = getattr(config.moe, name)
     if fp8:
         values["quantization_config"] = {

@@ -54,19 +54,8 @@ def from_pretrained(
       ValueError: `config.json` or a file is corrupt, or tensors are missing, extra or of another
         shape: one error lists them all, before anything is placed.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a directory")
-    config, stored = read_config(path), find_tensors(path)
-    if config.num_nextn_predict_layers and not any(
-        name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in stored
-    ):
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
-    shapes = parameter_shapes(state)
-    wanted = list(slots(config, shapes))
-    check_tensors(path, config, wanted, stored)
+    config, stored, wanted = _survey(Path(path))
+    graphdef, state = nnx.split(_abstract(config))
     by_parameter: dict[str, list[Slot]] = {}
     for slot in wanted:
         by_parameter.setdefault(slot.parameter, []).append(slot)
@@ -78,6 +67,33 @@ def from_pretrained(
 
     state = jax.tree_util.tree_map_with_path(fill, state)
     return nnx.merge(graphdef, state)
+
+
+def check_pretrained(path: Path | str) -> ModelConfig:
+    """Checks a directory as `from_pretrained` does, loads nothing, and returns its model's config.
+
+    Raises:
+      FileNotFoundError, ValueError: as `from_pretrained`.
+    """
+    return _survey(Path(path))[0]
+
+
+def _survey(path: Path) -> tuple[ModelConfig, dict[str, StoredTensor], list[Slot]]:
+    """Config, stored tensors and their places, once all is checked."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a directory")
+    config, stored = read_config(path), find_tensors(path)
+    if config.num_nextn_predict_layers and not any(
+        name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in stored
+    ):
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    wanted = list(slots(config, parameter_shapes(nnx.state(_abstract(config)))))
+    check_tensors(path, config, wanted, stored)
+    return config, stored, wanted
+
+
+def _abstract(config: ModelConfig) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
 def check_tensors(
@@ -123,7 +139,7 @@ def assemble(
     dtype: Any,
     place: Callable | None,
 ) -> Any:
-    """One parameter of ours from its tensors; FP8 stays FP8 if all parts are and no dtype is given."""
+    """One parameter of ours from its tensors; without a dtype FP8 stays FP8 if all parts are."""
     kinds = {stored[slot.name].dtype for slot in parts}
     router_bias = parts[0].name.endswith("e_score_correction_bias")
     if dtype is None and len(kinds) == 1 and (kind := next(iter(kinds))) in FP8:

@@ -103,8 +103,9 @@ def slots(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> Iterator[S
 
 def mtp_copies(config: ModelConfig) -> dict[str, str]:
     """Tensors that repeat one of our parameters, by name."""
-    layers = range(config.num_hidden_layers, config.num_hidden_layers
-                   + config.num_nextn_predict_layers)
+    layers = range(
+        config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers
+    )
     return {
         f"model.layers.{layer}.{theirs}": ours
         for layer in layers

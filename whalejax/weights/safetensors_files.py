@@ -106,8 +106,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         try:
             header = json.loads(file.read(length).decode())
-            entries = {n: _entry(path, e, 8 + length) for n, e in header.items()
-                       if n != "__metadata__"}
+            entries = {
+                n: _entry(path, e, 8 + length) for n, e in header.items() if n != "__metadata__"
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} has a corrupt header: {error}") from None
     end = 8 + length

@@ -75,8 +75,10 @@ def parameters(model: Decoder) -> dict[str, Any]:
 def tensors(model: Decoder, leaves: dict[str, Any]) -> Iterator[tuple[str, Spec, str, tuple, str]]:
     """Name, dtype and shape, our parameter, index and part of every tensor to write."""
     config = model.config
-    wanted = [(s.name, s.parameter, s.index) for s in
-              slots(config, {name: leaf.shape for name, leaf in leaves.items()})]
+    wanted = [
+        (s.name, s.parameter, s.index)
+        for s in slots(config, {name: leaf.shape for name, leaf in leaves.items()})
+    ]
     wanted += [(name, ours, ()) for name, ours in mtp_copies(config).items()]
     for name, parameter, index in wanted:
         leaf = leaves[parameter]
@@ -91,7 +93,7 @@ def tensors(model: Decoder, leaves: dict[str, Any]) -> Iterator[tuple[str, Spec,
 def write_shards(
     folder: Path, wanted: list[tuple[str, Spec, str, tuple, str]], leaves: dict[str, Any], most: int
 ) -> None:
-    """Cuts the tensors into files of at most `most` bytes; writes them and, of several, the index."""
+    """Cuts the tensors into files of at most `most` bytes and writes them, with an index."""
     shards: list[list] = [[]]
     size = total = 0
     for tensor in wanted:
@@ -105,13 +107,16 @@ def write_shards(
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        weight_map = {tensor[0]: name for name, shard in zip(names, shards, strict=True)
-                      for tensor in shard}
+        weight_map = {
+            tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        }
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for name, shard in zip(names, shards, strict=True):
         specs = {t[0]: (np.dtype(t[1][0]), tuple(t[1][1])) for t in shard}
-        write_file(folder / name, specs, (_to_host(leaves[p], i, part) for _, _, p, i, part in shard))
+        write_file(
+            folder / name, specs, (_to_host(leaves[p], i, part) for _, _, p, i, part in shard)
+        )
 
 
 def _to_host(leaf: Any, index: tuple[int, ...], part: str) -> np.ndarray:

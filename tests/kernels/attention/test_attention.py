@@ -25,9 +25,7 @@ def truth(q, k, v, scale, causal):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_numpy_float64(case, implementation):
     q, k, v = draw(case, jax.random.key(case.length))
-    out = attention(
-        q, k, v, scale=case.scale, causal=case.causal, implementation=implementation
-    )
+    out = attention(q, k, v, scale=case.scale, causal=case.causal, implementation=implementation)
     assert out.dtype == q.dtype and out.shape == v.shape
     assert_rows_close(out, truth(q, k, v, case.scale, case.causal),
                       tolerance=TOLERANCE[case.dtype])  # fmt: skip
@@ -91,8 +89,11 @@ def test_shapes_and_dtypes_that_do_not_fit_are_printed():
 
 @pytest.mark.parametrize(
     ("dtype", "dim", "says"),
-    [("bfloat16", 64, "needs a CUDA GPU"), ("float32", 64, "not float32"),
-     ("bfloat16", 260, "d_qk=260")],
+    [
+        ("bfloat16", 64, "needs a CUDA GPU"),
+        ("float32", 64, "not float32"),
+        ("bfloat16", 260, "d_qk=260"),
+    ],
 )
 def test_cudnn_says_why_not(dtype, dim, says):
     q = jnp.zeros((1, 4, 2, dim), dtype)
