@@ -13,7 +13,6 @@ is not decided here but by the op, with `jax.lax.platform_dependent`.
 """
 
 import importlib
-import importlib.util
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -74,8 +73,6 @@ def mosaic_unusable() -> str | None:
     if jax.__version_info__ < MIN_JAX_FOR_MOSAIC:
         needed = ".".join(map(str, MIN_JAX_FOR_MOSAIC))
         return f"Mosaic GPU kernels need jax>={needed}, this is {jax.__version__}"
-    if importlib.util.find_spec("jaxlib.mosaic.dialect.gpu") is None:
-        return "this jaxlib was built without Mosaic GPU"
     if jax.default_backend() == "gpu":
         capability = getattr(jax.devices()[0], "compute_capability", "unknown")
         if capability != HOPPER:

@@ -1,3 +1,5 @@
+import os
+import re
 import subprocess
 import sys
 
@@ -36,6 +38,7 @@ def test_a_mistake_is_one_line_and_code_2(args, says, capsys, tmp_path, monkeypa
     code, out, err = call(args, capsys)
     assert code == 2
     assert err.startswith("whalejax: ") and err.count("\n") == 1 and says in err
+    assert not re.search("[╭│─]|--- |Perhaps", err), "more is left than the flags' error"
     assert out == "" and not list(tmp_path.iterdir())
 
 
@@ -88,6 +91,24 @@ def test_python_m_whalejax_is_the_command():
     assert done.returncode == 2 and "'fly' is no command" in done.stderr
 
 
-def test_unboxed_takes_the_message_and_not_the_hints():
-    text = "╭─ Error ─╮\n│ wrong: x  │\n│ ──── │\n│ hint │\n╰────╯"
-    assert unboxed(text) == "wrong: x"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "╭─ Error ─╮\n│ wrong:  │\n│ --x 3   │\n│ ─────── │\n│ hint    │\n╰─────────╯\n",
+        "╭─ Error ─╮\n│ wrong:  │\n│ --x 3   │\n╰─────────╯\n",
+        " Error   \n ------- \n  wrong: \n  --x 3  \n  -------\n  hint   \n         \n",
+    ],
+    ids=["UTF-8", "without hints", "ASCII"],
+)
+def test_unboxed_takes_the_message_and_not_the_hints(text):
+    assert unboxed(text) == "wrong: --x 3"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_wrong_flag_is_one_line_in_every_encoding(encoding):
+    done = subprocess.run(
+        [sys.executable, "-m", "whalejax", "info", "--stepz"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == ("whalejax: Unrecognized options: --stepz (see whalejax info --help)\n")

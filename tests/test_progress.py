@@ -1,7 +1,16 @@
 import types
 
+import pytest
+
 from whalejax import progress as module
 from whalejax.progress import progress, stage
+
+
+@pytest.fixture(autouse=True)
+def no_forced_terminal(monkeypatch):
+    """rich would take the captured output for a terminal."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_a_log_gets_lines_now_and_then(capsys, monkeypatch):
@@ -11,8 +20,13 @@ def test_a_log_gets_lines_now_and_then(capsys, monkeypatch):
         for i in range(5):
             bar.advance(1, loss=1 / (i + 1))
     lines = capsys.readouterr().out.splitlines()
-    # a step every 3 s, a line at most every 5 s
-    assert lines == ["training 2/6  loss 1", "training 4/6  loss 0.3333", "training 6/6  loss 0.2"]
+    # a step every 3 s, a line at most every 5 s, and one before the first step
+    assert lines == [
+        "training 1/6",
+        "training 3/6  loss 0.5",
+        "training 5/6  loss 0.25",
+        "training 6/6  loss 0.2",
+    ]
 
 
 def test_the_last_step_is_always_shown(capsys):
@@ -20,6 +34,17 @@ def test_the_last_step_is_always_shown(capsys):
         for _ in range(3):
             bar.advance()
     assert "reading 3/3" in capsys.readouterr().out
+
+
+def test_what_begins_is_said_before_the_first_step(capsys):
+    with progress("compiling", total=3):
+        assert capsys.readouterr().out == "compiling 0/3\n"
+
+
+@pytest.mark.parametrize("title", ["loading /tmp/[/x]", "loading [bold]", "a/" * 60])
+def test_a_title_is_printed_as_it_is(capsys, title):
+    stage(title)
+    assert f"== {title}  (" in capsys.readouterr().out
 
 
 def test_a_stage_has_a_time(capsys):

@@ -33,6 +33,10 @@ def test_bytes_there_and_back(text):
     assert tokenizer.encode(text).dtype == np.int32
 
 
+def test_tokens_beyond_the_bytes_are_shown_as_such():
+    assert ByteTokenizer().decode([65, 300, 66]) == "A\ufffdB"
+
+
 def test_broken_utf8_is_shown_as_such():
     assert ByteTokenizer().decode([0xE9, 65]) == "\ufffdA"
 
@@ -55,6 +59,36 @@ def test_the_chat_template_is_rendered(folder):
     assert text == "<user>hi<eos>\n<assistant>"
 
 
+def test_the_answer_is_begun_only_on_demand(folder):
+    messages = [{"role": "user", "content": "hi"}]
+    text = load(folder).apply_chat_template(messages, add_generation_prompt=False)
+    assert text == "<user>hi<eos>\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% break %}{% endfor %}", "hé<b>"),
+        ("{{ messages[0] | tojson }}", '{"role": "user", "content": "hé<b>"}'),
+        ("{{ bos_token }}|{{ pad_token }}|{{ eos_token }}", "|<pad>|<eos>"),
+        ("{{ strftime_now('%%') }}", "%"),
+        ([{"name": "tools", "template": "x"}, {"name": "default", "template": "y"}], "y"),
+    ],
+    ids=["break", "tojson", "special tokens", "strftime_now", "several"],
+)
+def test_templates_have_what_transformers_gives_them(folder, template, text):
+    config = {"eos_token": "<eos>", "pad_token": {"content": "<pad>"}, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load(folder).apply_chat_template([{"role": "user", "content": "hé<b>"}]) == text
+
+
+def test_a_template_cannot_reach_the_machine(folder):
+    config = {"eos_token": "<eos>", "chat_template": "{{ ''.__class__.__mro__ }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="bad chat template"):
+        load(folder).apply_chat_template([])
+
+
 def test_a_template_file_comes_first(folder):
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
     assert load(folder).apply_chat_template([{"role": "user", "content": "hi"}]) == "hi!"
@@ -62,10 +96,14 @@ def test_a_template_file_comes_first(folder):
 
 @pytest.mark.parametrize(
     ("template", "says"),
-    [("{{ raise_exception('no system') }}", "refuses: no system"),
-     ("{% if %}", "bad chat template"),
-     (None, "has no chat template")],
-)  # fmt: skip
+    [
+        ("{{ raise_exception('no system') }}", "refuses: no system"),
+        ("{% if %}", "bad chat template"),
+        ("{{ messages[0].content + 1 }}", "bad chat template"),
+        (None, "has no chat template"),
+        ([{"name": "tools", "template": "x"}], "has no chat template"),
+    ],
+)
 def test_templates_that_fail(folder, template, says):
     config = {"eos_token": "<eos>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -85,6 +123,48 @@ def test_saved_files_are_read_back(folder, tmp_path):
     assert isinstance(load(empty), ByteTokenizer)
 
 
+def test_saving_where_it_was_read_changes_nothing(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    load(folder).save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"\xff", "is not UTF-8"), (b"{", "is not JSON"), (b"[1]", "holds a list")],
+    ids=["binary", "cut off", "list"],
+)
+def test_a_configuration_that_cannot_be_read(folder, content, says):
+    (folder / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"tokenizer_config.json {says}"):
+        load(folder)
+
+
+def write_words(folder, words):
+    model = tokenizers.models.WordLevel(words, unk_token="<unk>")
+    tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_the_vocabulary_reaches_to_the_last_id(tmp_path):
+    tokenizer = load(write_words(tmp_path, {"</s>": 0, "<unk>": 7}))
+    assert tokenizer.vocab_size == 8
+
+
+@pytest.mark.parametrize(
+    "eos", ["<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>", "<|endoftext|>"]
+)
+def test_the_usual_ends_of_text_are_known(tmp_path, eos):
+    assert load(write_words(tmp_path, {"<unk>": 0, eos: 3})).eos_id == 3
+
+
+def test_a_configured_end_of_text_is_not_guessed(tmp_path):
+    write_words(tmp_path, {"</s>": 0, "<unk>": 1})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    with pytest.raises(ValueError, match="has no '<end>', the configured eos_token"):
+        load(tmp_path)
+
+
 def test_what_is_no_tokenizer(folder):
     with pytest.raises(FileNotFoundError, match="missing"):
         load(folder / "missing")
@@ -94,9 +174,7 @@ def test_what_is_no_tokenizer(folder):
 
 
 def test_an_end_of_text_is_needed(folder):
-    words = {"a": 0}
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a")).save(
-        str(folder / "tokenizer.json")
-    )
+    write_words(folder, {"<unk>": 0})
+    (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="no end-of-text token"):
         load(folder)

@@ -110,16 +110,19 @@ def parse(config: type, command: str, args: Sequence[str]) -> Any:
 
 
 def unboxed(text: str) -> str:
-    """The message of an error that tyro framed: what stands before its first rule."""
-    lines = []
-    for line in text.splitlines():
-        inner = line.strip().strip("│").strip()
-        if inner.startswith("╭") or not inner:
-            continue
-        if inner.startswith(("─", "╰")):
-            break
-        lines.append(inner)
-    return " ".join(lines)
+    """The message of an error that tyro framed: what stands between its title and the next rule.
+
+    Where standard output is not UTF-8, tyro rules with hyphens, also below the title.
+    """
+    lines = [line.strip().strip("│").strip() for line in text.splitlines()]
+    message = []
+    for line in lines[1:]:
+        if line and not line.strip("─-╰╯"):
+            if message:
+                break
+        elif line:
+            message.append(line)
+    return " ".join(message)
 
 
 def one_line(error: BaseException) -> str:

@@ -31,7 +31,7 @@ class DemoConfig:
     """
 
     out: Path = Path("runs/demo")
-    steps: int = 600
+    steps: int = 900
     seed: int = 0
 
     def __post_init__(self):
@@ -48,10 +48,15 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         out=config.out,
         preset="tiny",
         steps=config.steps,
+        batch_size=4,
         seed=config.seed,
         save_every=max(config.steps // 4, 1),
         optimizer=OptimizerConfig(
-            peak_lr=4e-3, final_lr=2e-4, warmup_steps=40, constant_fraction=0.4
+            peak_lr=4e-3,
+            final_lr=2e-4,
+            warmup_steps=40,
+            bias_update_speed=1e-2,  # V3's 1e-3 is for a million steps, not for a thousand
+            constant_fraction=0.4,
         ),
     )
     stage("training on the Python standard library, to half way")

@@ -15,8 +15,9 @@ def stage(title: str) -> None:
     """Prints what begins now, and the seconds since the program began."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    console.print(f"[bold]== {title}[/bold]  ({time.perf_counter() - _started:.0f} s)")
+    elapsed = f"({time.perf_counter() - _started:.0f} s)"
+    console = Console(highlight=False, markup=False)  # a path in the title may hold brackets
+    console.print(f"== {title}  {elapsed}", style="bold", soft_wrap=True)
 
 
 class Bar:
@@ -25,6 +26,7 @@ class Bar:
     def __init__(self, show: Any, description: str, total: int, completed: int):
         self._show, self._description, self._total = show, description, total
         self._done, self._shown = completed, -math.inf
+        self.advance(0)  # the first step may compile for long: say what is waited for
 
     def advance(self, amount: int = 1, **fields: float) -> None:
         """Counts `amount` more steps; the fields are printed beside them."""
@@ -58,11 +60,11 @@ def _live(console: Any) -> Iterator[Any]:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
     )
     with Progress(*columns, console=console) as bars:
         task = bars.add_task("", total=None, text="")

@@ -1,5 +1,6 @@
 """Tokenizers: plain bytes, or a Hugging Face `tokenizer.json` with its chat template."""
 
+import datetime
 import json
 import shutil
 from collections.abc import Sequence
@@ -7,6 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+# what ends a text where no eos_token is configured; the first is DeepSeek's, with U+FF5C and U+2581
+END_OF_TEXT = ("<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>", "<|endoftext|>", "<eos>")
 
 
 class Tokenizer(Protocol):
@@ -26,8 +30,10 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens."""
 
-    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt that asks for the answer to `messages`."""
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The text of `messages`, by default with the beginning of the answer."""
 
     def save(self, folder: Path) -> None:
         """Writes what `load` reads."""
@@ -46,9 +52,12 @@ class ByteTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of bytes; what is not UTF-8 becomes the replacement character."""
-        return bytes(int(token) for token in tokens).decode(errors="replace")
+        # a model's vocabulary may be larger than ours; 0xFF is in no UTF-8 text
+        return bytes(min(int(token), 0xFF) for token in tokens).decode(errors="replace")
 
-    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> str:
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
         """Bytes have no chat template.
 
         Raises:
@@ -67,7 +76,7 @@ class HuggingFaceTokenizer:
       path: of `tokenizer.json`.
 
     Raises:
-      ValueError: it cannot be read, or no end-of-text token is known.
+      ValueError: it cannot be read, or the end-of-text token is not known.
     """
 
     def __init__(self, path: Path):
@@ -79,17 +88,25 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises bare exceptions
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
         self.config = _read_json(path.parent / "tokenizer_config.json")
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        self.eos_token = _token_text(self.config.get("eos_token"))
-        self.bos_token = _token_text(self.config.get("bos_token"))
-        candidates = [self.eos_token, "<｜end▁of▁sentence｜>", "</s>", "<|endoftext|>", "<eos>"]
-        ids = [self._tokenizer.token_to_id(token) for token in candidates if token]
-        known = [i for i in ids if i is not None]
-        if not known:
-            raise ValueError(
-                f"{path}: no end-of-text token; name it as eos_token in tokenizer_config.json"
-            )
-        self.eos_id = known[0]
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())  # ids may have gaps
+        self.special_tokens = {
+            name: _token_text(value)
+            for name, value in self.config.items()
+            if name.endswith("_token") and _token_text(value) is not None
+        }
+        self.eos_id = self._eos_id()
+
+    def _eos_id(self) -> int:
+        eos_token = self.special_tokens.get("eos_token")
+        for token in END_OF_TEXT if eos_token is None else [eos_token]:
+            index = self._tokenizer.token_to_id(token)
+            if index is not None:
+                return index
+        if eos_token is not None:
+            raise ValueError(f"{self.path} has no {eos_token!r}, the configured eos_token")
+        raise ValueError(
+            f"{self.path}: no end-of-text token; name it as eos_token in tokenizer_config.json"
+        )
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Tokens `i32[n]` of a text, without special tokens."""
@@ -100,36 +117,38 @@ class HuggingFaceTokenizer:
         """Text of tokens, special ones left out."""
         return self._tokenizer.decode([int(token) for token in tokens])
 
-    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> str:
-        """Renders the model's own chat template, with the answer's beginning.
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Renders the model's own chat template, as transformers does.
 
         Args:
           messages: dictionaries with `role` and `content`.
+          add_generation_prompt: end with the beginning of the answer.
 
         Raises:
           ValueError: there is no template, or it refuses the messages.
         """
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        def refuse(message: str) -> None:
-            raise ValueError(f"the chat template refuses: {message}")
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
         try:
-            return environment.from_string(self._template()).render(
-                messages=list(messages),
-                add_generation_prompt=True,
-                bos_token=self.bos_token or "",
-                eos_token=self.eos_token or "",
+            return (
+                _template_environment()
+                .from_string(self._template())
+                .render(
+                    messages=list(messages),
+                    add_generation_prompt=add_generation_prompt,
+                    **{"bos_token": "", "eos_token": "", **self.special_tokens},
+                )
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"{self.path.parent}: bad chat template: {error}") from None
 
     def _template(self) -> str:
         file = self.path.parent / "chat_template.jinja"
-        template = file.read_text() if file.exists() else self.config.get("chat_template")
+        template = _read_text(file) if file.exists() else self.config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if not isinstance(template, str):
             raise ValueError(f"{self.path.parent} has no chat template")
         return template
@@ -138,7 +157,7 @@ class HuggingFaceTokenizer:
         """Copies the tokenizer's files."""
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             source = self.path if name == "tokenizer.json" else self.path.parent / name
-            if source.exists():
+            if source.exists() and source.resolve() != (folder / name).resolve():
                 shutil.copyfile(source, folder / name)
 
 
@@ -158,13 +177,42 @@ def load(path: Path) -> Tokenizer:
     return HuggingFaceTokenizer(path)
 
 
+def _template_environment() -> Any:
+    """What transformers gives a chat template to work with."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise ValueError(f"the chat template refuses: {message}")
+
+    def to_json(value: Any, **options: Any) -> str:  # jinja2's own escapes HTML
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
+        config = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, not a JSON object")
+    return config
 
 
 def _token_text(token: Any) -> str | None:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -62,6 +64,60 @@ def test_a_folder_is_read_with_its_folders(tmp_path):
     assert "part1/1.txt" in [*corpus.train_names, *corpus.heldout_names]
 
 
+def test_hidden_files_are_not_text(tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "index").write_bytes(b"\xff\x00")
+    (tmp_path / ".DS_Store").write_bytes(b"\xff\x00")
+    (tmp_path / "a.txt").write_text("text " * 20)
+    assert read(tmp_path).train_names == ["a.txt (beginning)"]
+
+
+@pytest.mark.parametrize("sides", [[0] * 3, [1] * 2], ids=["all to train on", "all held out"])
+def test_few_documents_are_each_cut(sides):
+    """By their names alone one side would be empty."""
+    names = {0: ["doc0", "doc1", "doc2"], 1: ["doc3", "doc20"]}[sides[0]]
+    documents = [name.encode() * 25 for name in names]
+    corpus = split(names, documents)
+    pairs = zip(corpus.train, corpus.heldout, strict=True)
+    assert [beginning + end for beginning, end in pairs] == documents
+    assert all(0 < len(end) < 10 for end in corpus.heldout)
+    assert corpus.heldout_names == [f"{name} (end)" for name in names]
+
+
+def test_files_that_cannot_be_opened_are_left_out(tmp_path, monkeypatch):
+    """Permissions do not bind root, so the refusal itself is imitated."""
+    for i in range(600):
+        (tmp_path / f"{i}.py").write_text("pass")
+    whole = standard_library(tmp_path)
+    read_bytes = Path.read_bytes
+
+    def refuse(path):
+        if path.name == whole.train_names[0]:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert standard_library(tmp_path).train_names == whole.train_names[1:]
+    with pytest.raises(ValueError, match=f"{whole.train_names[0]} cannot be read: Permission"):
+        read(tmp_path)
+
+
+def test_what_is_not_the_library_proper_is_left_out(tmp_path):
+    for i in range(600):
+        (tmp_path / f"{i}.py").write_text("pass")
+    for folder in ("test", "idlelib/idle_test", "ctypes/tests", "site-packages/x", "__pycache__"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.py").write_text("pass")
+    (tmp_path / "tables.py").write_text("x" * 200_001)
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "notes.txt").write_text("text")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "test.py").write_text("a module may be called test")
+    corpus = standard_library(tmp_path)
+    names = {*corpus.train_names, *corpus.heldout_names}
+    assert names == {f"{i}.py" for i in range(600)} | {"package/test.py"}
+
+
 def write_parquet(path, texts, column="text"):
     pyarrow.parquet.write_table(pyarrow.table({column: texts}), path)
 
@@ -71,6 +127,16 @@ def test_parquet_rows_are_documents(tmp_path):
     write_parquet(tmp_path / "a.parquet", texts, "body")
     corpus = read(tmp_path / "a.parquet", column="body")
     assert sorted([*corpus.train, *corpus.heldout]) == sorted(t.encode() for t in texts if t)
+
+
+def test_a_folder_of_parquet_is_read_row_by_row(tmp_path):
+    for part in range(3):
+        write_parquet(tmp_path / f"{part}.parquet", [f"part {part} row {i}" for i in range(20)])
+    corpus = read(tmp_path)
+    names = [*corpus.train_names, *corpus.heldout_names]
+    documents = [*corpus.train, *corpus.heldout]
+    assert len(names) == 60
+    assert documents[names.index("2.parquet#7")] == b"part 2 row 7"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +165,16 @@ def test_parquet_that_cannot_be_read(tmp_path, damage):
             "numbers": "holds int"}[damage]  # fmt: skip
     with pytest.raises(ValueError, match=says):
         read(path, column="body" if damage == "other column" else "text")
+
+
+def test_a_damaged_page_names_the_file(tmp_path):
+    rng = np.random.default_rng(0)
+    write_parquet(tmp_path / "a.parquet", [rng.bytes(50).hex() for _ in range(5000)])
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[5000:9000] = bytes(4000)
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match="a.parquet is damaged after row 0"):
+        read(tmp_path / "a.parquet")
 
 
 def test_the_same_name_always_falls_on_the_same_side():

@@ -53,4 +53,25 @@ def test_too_few_tokens_are_refused():
     batch_at(np.arange(21), step=0, batch=1, length=10, seed=0)
 
 
+@pytest.mark.parametrize("wrong", [{"step": -1}, {"batch": 0}, {"length": 0}], ids=str)
+def test_sizes_that_make_no_sense_are_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        batch_at(np.arange(100), **{"step": 0, "batch": 1, "length": 4, "seed": 0, **wrong})
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_batches_are_int32_whatever_the_stream(dtype):
+    rows = batch_at(np.full(100, 255, dtype), step=0, batch=3, length=7, seed=0)
+    assert rows.shape == (3, 8)
+    assert rows.dtype == np.int32
+    assert (rows == 255).all()
+
+
+def test_epochs_move_the_windows():
+    tokens = np.arange(1000)  # 98 windows of 10
+    firsts = [batch_at(tokens, step=98 * e, batch=98, length=10, seed=0)[:, 0] for e in range(8)]
+    assert len({first.min() for first in firsts}) > 3
+
+
 GOLDEN = [775, 845, 835, 425, 45]

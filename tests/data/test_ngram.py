@@ -40,6 +40,29 @@ def test_equals_the_definition(seed):
         train.tolist(), heldout.tolist(), 6), rtol=1e-12)  # fmt: skip
 
 
+@pytest.mark.parametrize("vocab_size", [400, 100_000], ids=["sorted trigrams", "sorted bigrams"])
+def test_large_vocabularies_equal_the_definition(vocab_size):
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, vocab_size, 6)
+    train, heldout = words[rng.integers(0, 5, 300)], words[rng.integers(0, 6, 80)]
+    np.testing.assert_allclose(
+        evaluate(train, heldout, vocab_size=vocab_size),
+        slow(train.tolist(), heldout.tolist(), vocab_size),
+        rtol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_streams_shorter_than_the_order(length):
+    train, heldout = np.array([2, 1, 2])[:length], np.array([1, 2])[:length]
+    for vocab_size in (3, 1000):
+        np.testing.assert_allclose(
+            evaluate(train, heldout, vocab_size=vocab_size),
+            slow(train.tolist(), heldout.tolist(), vocab_size),
+            rtol=1e-12,
+        )
+
+
 def test_longer_contexts_help_on_a_cycle():
     text = np.tile([1, 2, 1, 3], 500)
     losses = evaluate(text, text, vocab_size=4)
@@ -62,5 +85,8 @@ def test_probabilities_sum_to_one():
 def test_what_cannot_be_fitted_is_refused():
     with pytest.raises(ValueError, match="held out 0 tokens"):
         evaluate(np.arange(4), np.array([], int))
-    with pytest.raises(ValueError, match="vocab_size=300"):
-        evaluate(np.arange(4), np.arange(4), vocab_size=300)
+    with pytest.raises(ValueError, match="vocab_size=2097152 below 2097152"):
+        evaluate(np.arange(4), np.arange(4), vocab_size=2**21)
+    for token in (4, -1):
+        with pytest.raises(ValueError, match="do not fit vocab_size=4"):
+            evaluate(np.arange(4), np.array([0, token]), vocab_size=4)

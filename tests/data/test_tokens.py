@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+import tokenizers
 
 from whalejax.data.tokens import join
-from whalejax.tokenizer import ByteTokenizer
+from whalejax.tokenizer import ByteTokenizer, load
 
 
 def test_one_nul_stands_between_two_documents():
@@ -13,6 +14,16 @@ def test_one_nul_stands_between_two_documents():
 def test_no_documents_are_no_tokens():
     assert join([], ByteTokenizer()).size == 0
     assert join([b"x"], ByteTokenizer()).tolist() == [120]
+
+
+def test_words_are_joined_by_the_end_of_text(tmp_path):
+    words = {"<unk>": 0, "a": 1, "b": 2, "<eos>": 3, "far": 300}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokens = join([b"a b", b"far"], load(tmp_path))
+    assert tokens.tolist() == [1, 2, 3, 300]
+    assert tokens.dtype == np.uint16
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(256, np.uint8), (257, np.uint16), (70000, np.int32)])

@@ -48,6 +48,8 @@ def test_top_p_of_one_keeps_every_token_of_a_large_vocabulary():
 def test_equal_logits_keep_as_many_as_needed():
     got = nucleus(jnp.zeros((1, 10)), jnp.array([0.35]))
     assert int(np.isfinite(got).sum()) == 4
+    exactly = nucleus(jnp.zeros((1, 4)), jnp.array([0.5]))  # quarters are exact in float32
+    assert int(np.isfinite(exactly).sum()) == 2
 
 
 def keys(n, seed=0):

@@ -34,7 +34,7 @@ V3_CASES = {
     # as odd as torch takes: its grouped matmul wants rows of 16 bytes, its RoPE even strides
     "odd sizes": {"hidden_size": 60, "intermediate_size": 37, "moe_intermediate_size": 12,
                   "num_attention_heads": 3, "num_key_value_heads": 3, "kv_lora_rank": 22,
-                  "q_lora_rank": 13, "v_head_dim": 9, "qk_nope_head_dim": 7,
+                  "q_lora_rank": 13, "v_head_dim": 10, "qk_nope_head_dim": 10,
                   "qk_rope_head_dim": 6, "vocab_size": 101},
     "one group, not normalised": {"n_group": 1, "topk_group": 1, "norm_topk_prob": False},
 }  # fmt: skip
@@ -50,7 +50,7 @@ V2_CASES = {
     "odd sizes": {"topk_method": "greedy", "hidden_size": 60, "intermediate_size": 37,
                   "moe_intermediate_size": 12, "num_attention_heads": 3,
                   "num_key_value_heads": 3, "kv_lora_rank": 22, "q_lora_rank": 13,
-                  "v_head_dim": 9, "qk_nope_head_dim": 7, "qk_rope_head_dim": 6,
+                  "v_head_dim": 10, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6,
                   "vocab_size": 101},
 }  # fmt: skip
 

@@ -39,6 +39,15 @@ def weights(micro, tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Runs here use one device; a step over eight is tested in test_step.py."""
+    make = run.make_mesh
+    monkeypatch.setattr(
+        run, "make_mesh", lambda config: make(config, jax.devices()[: 2 if config.data == 2 else 1])
+    )
+
+
 @pytest.fixture
 def config(text, weights, tmp_path):
     return TrainConfig(
@@ -95,9 +104,12 @@ def test_heldout_loss_counts_every_token_once(config):
     got = evaluate(config, ready, state)
     model = run.model_of(ready.model, state)
     total, tokens = 0.0, ready.heldout.astype(np.int32)
+    predict = jax.jit(model.__call__)
     for start in range(0, len(tokens) - 1, 32):
         window = tokens[start : start + 33]
-        scores = np.asarray(model(jnp.asarray(window[None, :-1])), np.float64)[0]
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(window) - 1] = window[:-1]
+        scores = np.asarray(predict(jnp.asarray(padded)), np.float64)[0]
         scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
         total -= scores[np.arange(len(window) - 1), window[1:]].sum()
     np.testing.assert_allclose(got, total / (len(tokens) - 1), rtol=1e-5)
@@ -196,7 +208,3 @@ def test_train_config_prints_what_is_wrong():
         TrainConfig(steps=0, length=-1)
     with pytest.raises(ValueError, match="batch_size=7 must be a multiple of accumulate=2"):
         TrainConfig(batch_size=7, accumulate=2)
-
-
-def test_the_mesh_of_one_device_is_the_default_elsewhere():
-    assert run.make_mesh(run.MeshConfig(), jax.devices()[:1]).size == 1

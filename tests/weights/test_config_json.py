@@ -20,7 +20,10 @@ V3_JSON = {
     "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False,
     "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
                      "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                            "weight_block_size": [128, 128]},
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_dropout": 0.0, "ep_size": 1,
+    "use_cache": True,
 }  # fmt: skip
 V2_LITE_JSON = {
     "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048,
@@ -78,6 +81,20 @@ def test_a_model_without_experts_is_dense():
         ({"rope_scaling": {"type": "yarn"}}, "factor is missing"),
         ({"n_group": 7}, "n_group=7"),
         ({"hidden_size": "wide"}, "hidden_size='wide'"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
+        ({"rope_scaling": {"type": "yarn", "factor": "big"}}, "factor='big' must be a number"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": 1.5}},
+         "attention_factor=1.5 is not supported"),
+        ({"rope_theta": [1]}, r"rope_theta=\[1\] must be a number"),
+        ({"moe_layer_freq": 2, "rope_scaling": {"type": "linear"}, "rms_norm_eps": "x"},
+         "moe_layer_freq=2 .*; rms_norm_eps='x' .*; rope_scaling: type 'linear'"),
+        ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\] must be a whole number"),
+        ({"first_k_dense_replace": "3"}, "first_k_dense_replace='3' must be a whole"),
+        ({"norm_topk_prob": "no"}, "norm_topk_prob='no' must be true or false"),
+        ({"model_type": ["deepseek_v3"]}, "model_type="),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method='gptq' is not"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+         r"weight_block_size=\[64, 64\] is not supported, only \[128, 128\]"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_built_is_named(tmp_path, change, says):
@@ -87,7 +104,17 @@ def test_what_cannot_be_built_is_named(tmp_path, change, says):
     assert str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "says"), [("{", "is not JSON"), ("[]", "holds a list")])
+def test_null_is_as_good_as_absent():
+    optional = ("rope_theta", "rms_norm_eps", "scoring_func", "norm_topk_prob", "hidden_act",
+                "quantization_config", "attention_bias")  # fmt: skip
+    assert parse_config({**V3_JSON, **dict.fromkeys(optional)}) == parse_config(V3_JSON)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("{", "is not JSON"), ("[]", "holds a list"), ("[" * 10**5, "is not JSON")],
+    ids=["cut off", "list", "too deep"],
+)
 def test_what_is_no_config(tmp_path, text, says):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=says):

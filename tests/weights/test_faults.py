@@ -1,11 +1,13 @@
 import json
-import random
 
+import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from whalejax.cli import run
-from whalejax.weights import from_pretrained, save_pretrained
+from whalejax.weights import check_pretrained, from_pretrained, load, save_pretrained
 from whalejax.weights.safetensors_files import INDEX, find_tensors, read_header, write_file
 
 
@@ -33,7 +35,7 @@ def rewrite(folder, change):
                iter(arrays.values()))  # fmt: skip
 
 
-def test_one_error_lists_missing_extra_and_misshapen(copy):
+def test_one_error_lists_missing_extra_and_misshapen(copy, monkeypatch):
     def change(arrays):
         del arrays["model.norm.weight"]
         del arrays["model.layers.1.mlp.experts.2.up_proj.weight"]
@@ -41,8 +43,11 @@ def test_one_error_lists_missing_extra_and_misshapen(copy):
         arrays["lm_head.weight"] = np.zeros((48, 135), np.float32)
 
     rewrite(copy, change)
+    placed = []
+    monkeypatch.setattr(load, "stack", lambda *args: placed.append(args))
     with pytest.raises(ValueError, match="does not hold the model") as error:
         from_pretrained(copy)
+    assert not placed
     text = str(error.value)
     assert "2 missing" in text and "model.norm.weight" in text and "experts.2.up_proj" in text
     assert "1 extra: model.layers.9.surprise" in text
@@ -71,27 +76,131 @@ def test_a_file_cut_off_is_named(copy, at):
         from_pretrained(copy)
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_a_damaged_header_is_refused_or_harmless(copy, seed):
-    """Bytes of the header changed at random: an error of ours, or the same tensors."""
-    rng = random.Random(seed)
+def entries(file):
+    return {n: (t.dtype, t.shape, t.offset) for n, t in read_header(file).items()}
+
+
+MANY = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    # each example writes the whole file again
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@MANY
+@given(data=st.data())
+def test_a_damaged_header_is_refused_or_harmless(folder, copy, data):
+    """Bytes of the header changed, the file cut or lengthened: our error, or the same tensors."""
     file = copy / "model.safetensors"
-    before = {n: (t.dtype, t.shape, t.offset) for n, t in read_header(file).items()}
-    content = bytearray(file.read_bytes())
-    length = int.from_bytes(content[:8], "little")
-    for _ in range(rng.randint(1, 3)):
-        content[rng.randrange(8 + length)] = rng.randrange(256)
-    file.write_bytes(content)
-    after, refusal = None, ""
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    changes = st.dictionaries(st.integers(0, header - 1), st.integers(0, 255), max_size=3)
+    for at, byte in data.draw(changes).items():
+        content[at] = byte
+    whole = len(content)
+    size = data.draw(st.one_of(st.just(whole), st.integers(0, whole + 9)))
+    file.write_bytes(content[:size].ljust(size, b"\0"))
+    refusal = None
     try:
-        after = read_header(file)
-        from_pretrained(copy)
+        check_pretrained(copy)
     except ValueError as error:
         refusal = str(error)
-    if refusal:
-        assert str(copy) in refusal
+    if refusal is None:
+        assert entries(file) == entries(folder / "model.safetensors")
     else:
-        assert {n: (t.dtype, t.shape, t.offset) for n, t in after.items()} == before
+        assert str(copy) in refusal
+
+
+@MANY
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_damaged_json_is_a_clear_error_or_read(folder, copy, data, name):
+    index = {"weight_map": dict.fromkeys(entries(folder / "model.safetensors"), MODEL)}
+    original = (folder / name).read_bytes() if name != INDEX else json.dumps(index).encode()
+    content = bytearray(original)
+    at = st.integers(0, min(len(content), 400) - 1)
+    for position, byte in data.draw(st.dictionaries(at, st.integers(0, 255), max_size=3)).items():
+        content[position] = byte
+    (copy / name).write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    refusal = str(copy)
+    try:
+        check_pretrained(copy)
+    except (ValueError, FileNotFoundError) as error:
+        refusal = str(error)
+    assert str(copy) in refusal
+
+
+MODEL = "model.safetensors"
+A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+B = {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ({"a": A}, "bytes where its header wants"),
+        ({"a": A, "b": {**B, "data_offsets": [4, 8]}}, "begins at"),
+        ({"a": A, "b": {**B, "data_offsets": [12, 16]}}, "begins at"),
+        ({"a": A, "b": {**B, "shape": [9], "data_offsets": [8, 44]}}, "its header wants"),
+        ({"a": A, "b": {**B, "data_offsets": [12, 8]}}, "does not take -4 bytes"),
+        ({"a": A, "b": {**B, "shape": [-1]}}, "impossible"),
+        ({"a": A, "b": {**B, "shape": [2]}}, "does not take 4 bytes"),
+        ({"a": A, "b": {**B, "shape": [True]}}, "impossible"),
+        ({"a": A, "b": {**B, "dtype": "F7"}}, "dtype 'F7' is unknown"),
+        ({"a": A, "b": {**B, "dtype": []}}, "corrupt header"),
+        ({"a": A, "b": {"dtype": "F32"}}, "corrupt header: 'shape'"),
+        ({"a": A, "b": 3}, "corrupt header"),
+        ([A], "corrupt header"),
+        (b'{"a": ', "corrupt header"),
+        (b"\xff\xfe", "corrupt header"),
+        (b"[" * 100_000, "corrupt header"),
+    ],
+    ids=["too short", "overlap", "gap", "outside", "backwards", "negative", "size", "bool",
+         "dtype", "dtype type", "no shape", "no entry", "list", "cut", "not utf-8", "deep"],
+)  # fmt: skip
+def test_a_corrupt_header_is_named(tmp_path, header, says):
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file = tmp_path / MODEL
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(12))
+    with pytest.raises(ValueError, match=says) as error:
+        find_tensors(tmp_path)
+    assert str(file) in str(error.value)
+
+
+def test_a_dtype_that_no_model_computes_with_is_refused(copy):
+    """An integer matrix, FP8 where no projection is: neither is ever loaded in silence."""
+
+    def change(arrays):
+        arrays["lm_head.weight"] = arrays["lm_head.weight"].view(np.int32)
+        for name in ("model.norm.weight", "model.embed_tokens.weight"):
+            arrays[name] = arrays[name].astype(ml_dtypes.float8_e4m3fn)
+
+    rewrite(copy, change)
+    with pytest.raises(ValueError, match="3 of an unusable dtype") as error:
+        from_pretrained(copy)
+    for said in ("lm_head.weight int32", "norm.weight float8_e4m3fn", "embed_tokens.weight float8"):
+        assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "result"),
+    [("float16", "bfloat16", "float32"), ("float32", "bfloat16", "float32")],
+)
+def test_a_stack_of_mixed_dtypes_is_loaded_as_float32(copy, first, second, result):
+    names = [f"model.layers.{layer}.input_layernorm.weight" for layer in (1, 2)]
+
+    def change(arrays):
+        for name, dtype in zip(names, (first, second), strict=True):
+            arrays[name] = arrays[name].astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+
+    rewrite(copy, change)
+    stored = find_tensors(copy)
+    loaded = from_pretrained(copy).moe_layers.input_layernorm[...]
+    assert loaded.dtype == result
+    for layer, name in enumerate(names):
+        np.testing.assert_array_equal(loaded[layer], stored[name].read().astype(np.float32))
 
 
 @pytest.mark.parametrize(

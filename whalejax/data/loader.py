@@ -16,7 +16,7 @@ def batch_at(tokens: np.ndarray, *, step: int, batch: int, length: int, seed: in
     Args:
       tokens: integers `[n]`.
       step: from 0.
-      batch: sequences a step.
+      batch: sequences a step; data-parallel callers take their own rows of the result.
       length: tokens that a sequence predicts.
       seed: of the order.
 
@@ -24,8 +24,12 @@ def batch_at(tokens: np.ndarray, *, step: int, batch: int, length: int, seed: in
       `i32[batch, length + 1]`; inputs are all but the last column, labels all but the first.
 
     Raises:
-      ValueError: the tokens do not fill one window at every offset.
+      ValueError: the tokens do not fill one window at every offset, or a size is not positive.
     """
+    if step < 0 or batch < 1 or length < 1:
+        raise ValueError(
+            f"step={step} must be at least 0, batch={batch} and length={length} at least 1"
+        )
     windows = (len(tokens) - 1) // length - 1  # one fewer, so that every offset has room
     if windows < 1:
         raise ValueError(

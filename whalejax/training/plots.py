@@ -12,9 +12,11 @@ def plot_loss(metrics: Path, png: Path) -> None:
 
     Args:
       metrics: a run's `metrics.jsonl`.
-      png: the file to write.
+      png: the file to write; not written where nothing was measured.
     """
-    lines = read_metrics(metrics)
+    lines = [line for line in read_metrics(metrics) if line.keys() & {"loss_main", "heldout_loss"}]
+    if not lines:
+        return
     figure, axes = _figure(1)
     for name, label in (
         ("loss_main", "next token"),
@@ -52,6 +54,8 @@ def plot_expert_load(metrics: Path, png: Path) -> None:
         over.legend()
     image = last.imshow(loads[-1] * loads.shape[2], aspect="auto", vmin=0, vmax=2, cmap="coolwarm")
     last.set(xlabel="expert", ylabel="MoE layer", title=f"load / fair share at step {steps[-1]}")
+    last.yaxis.get_major_locator().set_params(integer=True)  # there is no layer 0.5
+    last.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=last)
     _save(figure, png)
 

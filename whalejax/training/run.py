@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -273,7 +274,11 @@ def first_state(
     model = from_pretrained(config.from_pretrained, dtype=np.dtype("float32"))
     abstract = abstract_state(ready.model, ready.step, ready.mesh)
     out = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.device_put(state_of(model, ready.step), out), 0
+
+    def copied(model):  # steps donate the state: it must share no buffer with what was read
+        return jax.tree.map(jnp.copy, state_of(model, ready.step))
+
+    return jax.jit(copied, out_shardings=out)(model), 0
 
 
 def loop(

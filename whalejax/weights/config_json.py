@@ -16,15 +16,22 @@ DEFAULTS = {
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
     "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
 }
-# what this library computes in one way only: key, the value it takes, the default
-FIXED = (
-    ("moe_layer_freq", 1, 1),
-    ("tie_word_embeddings", False, False),
-    ("attention_bias", False, False),
-    ("mlp_bias", False, False),
-    ("hidden_act", "silu", "silu"),
-    ("rope_interleave", True, True),
-)
+# what this library computes in one way only; null and silence mean the same
+FIXED = {
+    "moe_layer_freq": 1,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "rope_interleave": True,
+}
+# keys whose values the sizes' own checks do not cover
+NUMBERS = ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor")
+WHOLE = ("first_k_dense_replace", "num_nextn_predict_layers", "bos_token_id", "eos_token_id")
+YARN_NUMBERS = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+# they change YaRN in ways that DeepSeek's own code does not know
+YARN_FIXED = {"attention_factor": None, "truncate": True}
+FP8_QUANTIZATION = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 def read_config(path: Path | str) -> ModelConfig:
@@ -39,7 +46,7 @@ def read_config(path: Path | str) -> ModelConfig:
         raise FileNotFoundError(f"{file} does not exist")
     try:
         values = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}, not an object")
@@ -55,19 +62,11 @@ def parse_config(values: dict[str, Any]) -> ModelConfig:
     Raises:
       ValueError: keys are missing or hold what cannot be built; lists every fault.
     """
-    model_type = values.get("model_type")
-    if model_type not in DEFAULTS:
-        raise ValueError(f"model_type={model_type!r} must be one of {', '.join(DEFAULTS)}")
-    experts = values.get("n_routed_experts")
-    required = REQUIRED + (REQUIRED_MOE if experts else ())
-    faults = [f"{name} is missing" for name in required if values.get(name) is None]
-    faults += [
-        f"{name}={values[name]!r} is not supported, only {value!r}"
-        for name, value, default in FIXED
-        if values.get(name, default) != value
-    ]
+    values = {name: value for name, value in values.items() if value is not None}
+    faults = _faults(values)
     if faults:
         raise ValueError("; ".join(faults))
+    experts, model_type = values.get("n_routed_experts"), values["model_type"]
     theta, yarn = _rope(values)
     return ModelConfig(
         **{name: values[name] for name in REQUIRED[:4]},
@@ -81,7 +80,7 @@ def parse_config(values: dict[str, Any]) -> ModelConfig:
         first_k_dense_replace=(
             values.get("first_k_dense_replace", 0) if experts else values["num_hidden_layers"]
         ),
-        num_nextn_predict_layers=values.get("num_nextn_predict_layers") or 0,
+        num_nextn_predict_layers=values.get("num_nextn_predict_layers", 0),
         max_position_embeddings=values.get("max_position_embeddings", 4096),
         rms_norm_eps=values.get("rms_norm_eps", 1e-6),
         initializer_range=values.get("initializer_range", 0.02),
@@ -90,15 +89,67 @@ def parse_config(values: dict[str, Any]) -> ModelConfig:
     )
 
 
+def _faults(values: dict[str, Any]) -> list[str]:
+    """All that stops `values`, which hold no null, from being a config of ours."""
+    faults = []
+    if not isinstance(model := values.get("model_type"), str) or model not in DEFAULTS:
+        faults.append(f"model_type={model!r} must be one of {', '.join(DEFAULTS)}")
+    required = REQUIRED + (REQUIRED_MOE if values.get("n_routed_experts") else ())
+    faults += [f"{name} is missing" for name in required if name not in values]
+    faults += _other_than(FIXED, values)
+    faults += _not_numbers(NUMBERS, values)
+    faults += [
+        f"{name}={values[name]!r} must be a whole number"
+        for name in WHOLE
+        if name in values and type(values[name]) is not int
+    ]
+    if not isinstance(normalised := values.get("norm_topk_prob", True), bool):
+        faults.append(f"norm_topk_prob={normalised!r} must be true or false")
+    for name in ("rope_parameters", "rope_scaling", "quantization_config"):
+        if not isinstance(value := values.get(name, {}), dict):
+            faults.append(f"{name}={value!r} must be an object or null")
+        elif name == "quantization_config" and value:
+            faults += _other_than(FP8_QUANTIZATION, value, f"{name}: ")
+        elif value:
+            faults += [f"{name}: {fault}" for fault in _rope_faults(value)]
+    return faults
+
+
+def _rope_faults(scaling: dict[str, Any]) -> list[str]:
+    if (kind := _rope_type(scaling)) == "default":
+        return _not_numbers(("rope_theta",), scaling)
+    if kind != "yarn":
+        return [f"type {kind!r} is not supported, only 'yarn'"]
+    missing = [] if scaling.get("factor") is not None else ["factor is missing"]
+    numbers = _not_numbers((*YARN_NUMBERS, "rope_theta"), scaling)
+    return missing + numbers + _other_than(YARN_FIXED, scaling)
+
+
+def _not_numbers(names: tuple[str, ...], values: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}={values[name]!r} must be a number"
+        for name in names
+        if values.get(name) is not None and type(values[name]) not in (int, float)
+    ]
+
+
+def _other_than(fixed: dict[str, Any], values: dict[str, Any], where: str = "") -> list[str]:
+    return [
+        f"{where}{name}={values[name]!r} is not supported, only {value!r}"
+        for name, value in fixed.items()
+        if values.get(name) is not None and values[name] != value
+    ]
+
+
 def _moe(values: dict[str, Any], defaults: dict[str, Any]) -> MoEConfig:
     chosen = {name: values.get(name, default) for name, default in defaults.items()}
     return MoEConfig(
         n_routed_experts=values["n_routed_experts"],
         num_experts_per_tok=values["num_experts_per_tok"],
         moe_intermediate_size=values["moe_intermediate_size"],
-        n_shared_experts=values.get("n_shared_experts") or 0,
-        n_group=values.get("n_group") or 1,
-        topk_group=values.get("topk_group") or 1,
+        n_shared_experts=values.get("n_shared_experts", 0),
+        n_group=values.get("n_group", 1),
+        topk_group=values.get("topk_group", 1),
         routed_scaling_factor=values.get("routed_scaling_factor", 1.0),
         **chosen,
     )
@@ -107,23 +158,15 @@ def _moe(values: dict[str, Any], defaults: dict[str, Any]) -> MoEConfig:
 def _rope(values: dict[str, Any]) -> tuple[float, YarnConfig | None]:
     """The base and the scaling, from `rope_theta` and `rope_scaling` or from `rope_parameters`."""
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = scaling.get("rope_theta", values.get("rope_theta", 10000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
+    theta = scaling.get("rope_theta") or values.get("rope_theta", 10000.0)
+    if _rope_type(scaling) == "default":
         return theta, None
-    if kind != "yarn":
-        raise ValueError(f"rope_scaling type {kind!r} is not supported, only 'yarn'")
-    if scaling.get("factor") is None:
-        raise ValueError("rope_scaling: factor is missing")
-    names = (
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-    )
-    given = {name: scaling[name] for name in names if scaling.get(name) is not None}
-    return theta, YarnConfig(factor=scaling["factor"], **given)
+    names = ("original_max_position_embeddings", *YARN_NUMBERS)
+    return theta, YarnConfig(**{n: scaling[n] for n in names if scaling.get(n) is not None})
+
+
+def _rope_type(scaling: dict[str, Any]) -> Any:
+    return scaling.get("rope_type", scaling.get("type", "default"))
 
 
 def model_type(config: ModelConfig) -> str:
@@ -187,8 +230,7 @@ def write_config(config: ModelConfig, *, dtype: str, fp8: bool) -> dict[str, Any
         values["quantization_config"] = {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [128, 128],
+            **FP8_QUANTIZATION,
         }
     return values
 

@@ -24,12 +24,14 @@ from whalejax.weights.names import (
     mtp_copies,
     parameter_shapes,
     slots,
+    takes_fp8,
 )
 from whalejax.weights.safetensors_files import StoredTensor, find_tensors
 
 TILE = (128, 128)  # of published FP8 weights
 SHOWN = 20  # tensors of each kind of fault that an error names
 FP8 = (jnp.dtype("float8_e4m3fn"), jnp.dtype("float8_e5m2"))
+FLOATS = (jnp.dtype("float32"), jnp.dtype("bfloat16"), jnp.dtype("float16"))
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
@@ -51,8 +53,8 @@ def from_pretrained(
 
     Raises:
       FileNotFoundError: the directory or a file of it does not exist.
-      ValueError: `config.json` or a file is corrupt, or tensors are missing, extra or of another
-        shape: one error lists them all, before anything is placed.
+      ValueError: `config.json` or a file is corrupt, or tensors are missing, extra, of another
+        shape or of an unusable dtype: one error lists them all, before anything is placed.
     """
     config, stored, wanted = _survey(Path(path))
     graphdef, state = nnx.split(_abstract(config))
@@ -99,9 +101,16 @@ def _abstract(config: ModelConfig) -> Decoder:
 def check_tensors(
     path: Path, config: ModelConfig, wanted: list[Slot], stored: dict[str, StoredTensor]
 ) -> None:
-    """Raises one ValueError that lists all missing, extra and misshapen tensors."""
+    """Raises one ValueError that lists all missing, extra, misshapen and unusable tensors."""
     copies = mtp_copies(config)
     expected = {slot.name: slot.shape for slot in wanted}
+    usable = {slot.name: FLOATS + FP8 if takes_fp8(slot) else FLOATS for slot in wanted}
+    unusable = [
+        f"{name} {tensor.dtype}"
+        for name, tensor in stored.items()
+        if tensor.dtype not in usable.get(name.removesuffix(SCALE_SUFFIX), (tensor.dtype,))
+        or (name.endswith(SCALE_SUFFIX) and tensor.dtype in FP8)
+    ]
     missing = [name for name in expected if name not in stored]
     extra, misshapen = [], []
     for name, tensor in stored.items():
@@ -122,7 +131,12 @@ def check_tensors(
         for name in expected
         if name in stored and stored[name].dtype in FP8 and name + SCALE_SUFFIX not in stored
     ]
-    faults = {"missing": missing + scaleless, "extra": extra, "misshapen": misshapen}
+    faults = {
+        "missing": missing + scaleless,
+        "extra": extra,
+        "misshapen": misshapen,
+        "of an unusable dtype": unusable,
+    }
     if any(faults.values()):
         listed = "; ".join(
             f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
@@ -152,7 +166,11 @@ def assemble(
             place,
         )
         return QuantizedArray(values, scales, TILE)
-    target = jnp.dtype(dtype) if dtype is not None else np.result_type(*kinds - set(FP8))
+    plain = kinds - set(FP8)
+    if dtype is not None:
+        target = jnp.dtype(dtype)
+    else:
+        target = plain.pop() if len(plain) == 1 else FLOATS[0]  # float32 holds every mixture
     if router_bias:
         target = jnp.dtype(jnp.float32)  # a bfloat16 bias could not move by gamma
 
@@ -161,7 +179,7 @@ def assemble(
         if tensor.dtype in FP8:
             scales = stored[slot.name + SCALE_SUFFIX].read()
             tensor = dequantize(tensor, scales)
-        return tensor.astype(target)
+        return tensor.astype(target, copy=False)
 
     return stack(parts, leaf.shape, target, read, place)
 
@@ -193,6 +211,7 @@ def stack(
         index = (*slot.index, *(0,) * (len(shape) - len(slot.index)))
         part = np.expand_dims(read(slot), tuple(range(len(slot.index))))
         whole = write(whole, part, np.asarray(index, np.int32))
+        whole.block_until_ready()  # else reading runs ahead and the host holds many parts
     return whole
 
 

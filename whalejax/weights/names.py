@@ -101,6 +101,12 @@ def slots(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> Iterator[S
                 )
 
 
+def takes_fp8(slot: Slot) -> bool:
+    """Whether the model computes with this tensor in FP8: projections only, not norms,
+    embedding, head or router."""
+    return "_proj" in slot.parameter
+
+
 def mtp_copies(config: ModelConfig) -> dict[str, str]:
     """Tensors that repeat one of our parameters, by name."""
     layers = range(

@@ -86,7 +86,7 @@ def _read_index(index: Path) -> dict[str, str]:
         names = json.loads(index.read_text())["weight_map"]
         if not all(isinstance(name, str) and "/" not in name for name in names.values()):
             raise TypeError("a file name is not a plain name")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from None
     return names
 
@@ -109,7 +109,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             entries = {
                 n: _entry(path, e, 8 + length) for n, e in header.items() if n != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} has a corrupt header: {error}") from None
     end = 8 + length
     for tensor in sorted(entries.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):

@@ -15,7 +15,7 @@ from flax import nnx
 from whalejax.kernels.quantization import QuantizedArray
 from whalejax.model.decoder import Decoder
 from whalejax.tokenizer import Tokenizer
-from whalejax.weights.config_json import write_config
+from whalejax.weights.config_json import read_config, write_config
 from whalejax.weights.names import SCALE_SUFFIX, dotted, mtp_copies, slots
 from whalejax.weights.safetensors_files import INDEX, write_file
 
@@ -33,7 +33,8 @@ def save_pretrained(
 ) -> None:
     """Writes `config.json` and safetensors that `from_pretrained` and transformers read.
 
-    Written beside its place and renamed, so an interrupted save leaves no half directory.
+    Written beside its place and renamed, so an interrupted save leaves no half directory. What
+    is replaced is moved aside, not deleted, until the new directory stands.
 
     Args:
       model: parameters of any float dtype; quantised ones are written as FP8 with
@@ -41,27 +42,55 @@ def save_pretrained(
       path: the directory to make.
       max_shard_bytes: largest size of a file, unless one tensor is larger.
       tokenizer: saved too.
-      overwrite: replace a directory that is there.
+      overwrite: replace a directory that is there, if it holds such a model.
 
     Raises:
-      ValueError: `path` exists and is not to be replaced.
+      ValueError: `path` is a file, or a directory with content that is not to be replaced.
     """
-    path = Path(path)
-    if path.exists() and not (overwrite and path.is_dir()):
-        raise ValueError(f"{path} exists: give another path, or overwrite=True")
+    path = Path(path).resolve()
+    check_target(path, overwrite)
     leaves = parameters(model)
     temporary = path.with_name(f".{path.name}.saving")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write_shards(temporary, list(tensors(model, leaves)), leaves, max_shard_bytes)
-    fp8 = any(isinstance(leaf, QuantizedArray) for leaf in leaves.values())
-    config = write_config(model.config, dtype=str(leaves["norm"].dtype), fp8=fp8)
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save(temporary)
+    try:
+        write_shards(temporary, list(tensors(model, leaves)), leaves, max_shard_bytes)
+        fp8 = any(isinstance(leaf, QuantizedArray) for leaf in leaves.values())
+        config = write_config(model.config, dtype=str(leaves["norm"].dtype), fp8=fp8)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raises a ValueError unless a model may be written to `path`."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file: give the path of a directory")
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{path} exists: give another path, or overwrite=True")
+    try:
+        read_config(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds something other than a saved model ({error}): give another path"
+        ) from None
+
+
+def replace(new: Path, path: Path) -> None:
+    """Renames directory `new` to `path`; what was there is deleted last."""
+    old = path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
-        shutil.rmtree(path)
-    os.replace(temporary, path)
+        os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def parameters(model: Decoder) -> dict[str, Any]:

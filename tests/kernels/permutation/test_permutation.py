@@ -7,10 +7,14 @@ from hypothesis import strategies as st
 
 from whalejax.kernels.permutation import permute, plan_permutation, unpermute
 
+# few sizes, since each combination compiles; the choices vary freely
 CHOICES = st.tuples(
-    st.integers(1, 12), st.integers(1, 3), st.integers(3, 5), st.sampled_from([1, 4, 8]),
+    st.sampled_from([1, 12]), st.sampled_from([1, 3]), st.just(4), st.sampled_from([1, 8]),
     st.integers(0, 2**32 - 1),
 )  # fmt: skip
+
+
+planned = jax.jit(plan_permutation, static_argnames=("num_experts", "alignment"))
 
 
 def choose(tokens, k, experts, seed):
@@ -21,13 +25,11 @@ def choose(tokens, k, experts, seed):
 
 
 @given(sizes=CHOICES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_choice_has_one_row_in_its_experts_range(sizes):
     tokens, k, experts, alignment, seed = sizes
     idx = choose(tokens, k, experts, seed)
-    plan = jax.tree.map(
-        np.asarray, plan_permutation(jnp.asarray(idx), experts, alignment=alignment)
-    )
+    plan = jax.tree.map(np.asarray, planned(jnp.asarray(idx), experts, alignment=alignment))
     np.testing.assert_array_equal(
         plan.group_sizes, [(idx == expert).sum() for expert in range(experts)]
     )
@@ -87,8 +89,8 @@ def test_gradients_equal_those_of_a_dense_formula():
         chosen = jnp.where(idx[..., None] >= 0, jax.nn.one_hot(idx, 4) * weights[..., None], 0.0)
         return jnp.sum(jnp.einsum("tke,teh->th", chosen, out) * target)
 
-    got = jax.grad(sparse, argnums=(0, 1, 2))(x, weights, scale)
-    expected = jax.grad(dense, argnums=(0, 1, 2))(x, weights, scale)
+    got = jax.jit(jax.grad(sparse, argnums=(0, 1, 2)))(x, weights, scale)
+    expected = jax.jit(jax.grad(dense, argnums=(0, 1, 2)))(x, weights, scale)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
