@@ -123,6 +123,24 @@ def test_saved_files_are_read_back(folder, tmp_path):
     assert isinstance(load(empty), ByteTokenizer)
 
 
+def test_a_template_file_is_saved_too(folder, tmp_path):
+    (folder / "chat_template.jinja").write_text("from the file")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    load(folder).save(copy)
+    assert load(copy).apply_chat_template([]) == "from the file"
+
+
+def test_encoding_adds_no_special_tokens(folder):
+    """The chat template writes them itself."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 0)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert load(folder).encode("the whale").tolist() == [2, 3]
+
+
 def test_saving_where_it_was_read_changes_nothing(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     load(folder).save(folder)

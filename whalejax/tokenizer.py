@@ -138,7 +138,7 @@ class HuggingFaceTokenizer:
                 .render(
                     messages=list(messages),
                     add_generation_prompt=add_generation_prompt,
-                    **{"bos_token": "", "eos_token": "", **self.special_tokens},
+                    **self.special_tokens,
                 )
             )
         except (jinja2.TemplateError, TypeError) as error:

@@ -54,6 +54,13 @@ def test_one_file_is_cut_near_its_end_between_characters(tmp_path):
     assert parts == text and 0.03 < len(corpus.heldout[0]) / len(text.encode()) < 0.07
 
 
+@pytest.mark.parametrize("letters", range(20, 40))
+def test_no_character_is_cut_in_two(tmp_path, letters):
+    (tmp_path / "a.txt").write_text("鯨" * letters, encoding="utf-8")
+    corpus = read(tmp_path / "a.txt")
+    assert corpus.train[0].decode() + corpus.heldout[0].decode() == "鯨" * letters
+
+
 def test_a_folder_is_read_with_its_folders(tmp_path):
     for i in range(60):
         path = tmp_path / f"part{i % 3}" / f"{i}.txt"

@@ -234,7 +234,6 @@ def test_the_host_holds_about_one_tensor_at_a_time(tmp_path):
         assert done.returncode == 0, done.stderr
         beyond[width] = int(done.stdout)
     largest = 16384 * 512 * 4  # a sixth of its stacked parameter
-    print(beyond, largest)
     assert beyond[16384] - beyond[256] < 3 * largest, beyond
 
 

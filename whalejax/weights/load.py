@@ -209,8 +209,9 @@ def stack(
     write = _writer(sharding)
     for slot in parts:
         index = (*slot.index, *(0,) * (len(shape) - len(slot.index)))
-        part = np.expand_dims(read(slot), tuple(range(len(slot.index))))
-        whole = write(whole, part, np.asarray(index, np.int32))
+        stacked = tuple(range(len(slot.index)))
+        # no name for the part: it would live while the next one is read
+        whole = write(whole, np.expand_dims(read(slot), stacked), np.asarray(index, np.int32))
         whole.block_until_ready()  # else reading runs ahead and the host holds many parts
     return whole
 
