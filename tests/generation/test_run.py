@@ -1,11 +1,14 @@
+import dataclasses
 import json
 
 import pytest
 import tokenizers
+from flax import nnx
 
 from whalejax.generation import run
 from whalejax.generation.engine import NewToken
 from whalejax.generation.run import GenerateConfig, generate, pieces, read_prompt
+from whalejax.model.decoder import Decoder
 from whalejax.tokenizer import ByteTokenizer
 from whalejax.weights import save_pretrained
 
@@ -109,3 +112,10 @@ def test_a_mistake_is_one_line_and_writes_nothing(folder, flags, says, capsys):
 def test_an_answer_has_at_least_one_token():
     with pytest.raises(ValueError, match="max_new_tokens=-3"):
         GenerateConfig(max_new_tokens=-3)
+
+
+def test_a_vocabulary_of_another_size_is_not_read_as_bytes(v3_model, tmp_path):
+    config = dataclasses.replace(v3_model.config, vocab_size=300)
+    save_pretrained(Decoder(config, rngs=nnx.Rngs(0)), tmp_path / "words")
+    with pytest.raises(ValueError, match=r"vocab_size=300, the tokenizer 256 \(bytes"):
+        generate(GenerateConfig(model=tmp_path / "words", prompt="a"))

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from whalejax.model.config import MLAConfig, ModelConfig, MoEConfig, YarnConfig
 from whalejax.presets import TINY, V2_LITE, V3
 from whalejax.weights.config_json import parse_config, read_config, write_config
 
@@ -61,6 +62,38 @@ def test_transformers_five_spells_it_otherwise():
 def test_written_and_read_again(config):
     values = json.loads(json.dumps(write_config(config, dtype="bfloat16", fp8=False)))
     assert parse_config(values) == config
+
+
+# no field has the value that it would have if its key were ignored
+UNUSUAL = ModelConfig(
+    vocab_size=50, hidden_size=40, intermediate_size=30, num_hidden_layers=7,
+    mla=MLAConfig(num_attention_heads=3, q_lora_rank=5, kv_lora_rank=6, qk_nope_head_dim=7,
+                  qk_rope_head_dim=8, v_head_dim=9, rope_theta=5e5,
+                  yarn=YarnConfig(factor=3.0, original_max_position_embeddings=77, beta_fast=9.0,
+                                  beta_slow=2.0, mscale=0.6, mscale_all_dim=0.7)),
+    moe=MoEConfig(n_routed_experts=12, num_experts_per_tok=2, moe_intermediate_size=11,
+                  n_shared_experts=3, n_group=3, topk_group=2, scoring_func="softmax",
+                  norm_topk_prob=False, routed_scaling_factor=1.5),
+    first_k_dense_replace=2, num_nextn_predict_layers=2, max_position_embeddings=99,
+    rms_norm_eps=1e-5, initializer_range=0.1, bos_token_id=3, eos_token_id=4,
+)  # fmt: skip
+
+
+def test_every_key_is_read_and_written():
+    values = json.loads(json.dumps(write_config(UNUSUAL, dtype="float32", fp8=False)))
+    assert parse_config(values) == UNUSUAL
+    scaling = {**values.pop("rope_scaling"), "rope_theta": values.pop("rope_theta")}
+    scaling["rope_type"] = scaling.pop("type")
+    assert parse_config({**values, "rope_parameters": scaling}) == UNUSUAL
+    for name in ("config", "mla", "moe"):
+        part = UNUSUAL if name == "config" else getattr(UNUSUAL, name)
+        usual = [
+            field.name
+            for field in dataclasses.fields(part)
+            if getattr(part, field.name) == field.default
+        ]
+        # DeepSeek's code gives the latents' norms a constant of their own
+        assert usual == {"config": [], "mla": ["rms_norm_eps"], "moe": ["topk_method"]}[name]
 
 
 def test_a_model_without_experts_is_dense():

@@ -11,8 +11,8 @@ import numpy as np
 from whalejax.generation.cache import CacheConfig
 from whalejax.generation.engine import Engine, NewToken
 from whalejax.generation.sampling import SamplingConfig
-from whalejax.tokenizer import Tokenizer, load
-from whalejax.weights import from_pretrained
+from whalejax.tokenizer import ByteTokenizer, Tokenizer, load
+from whalejax.weights import check_pretrained, from_pretrained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,13 +51,22 @@ def generate(config: GenerateConfig) -> None:
 
     Raises:
       FileNotFoundError: the model or the prompt file does not exist.
-      ValueError: there is no prompt, no chat template, or the prompt is too long.
+      ValueError: there is no prompt, no chat template, the prompt is too long, or the tokenizer is
+        not the model's.
     """
     sampling = SamplingConfig(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
     prompt = read_prompt(config)
     if not config.model.is_dir():
         raise FileNotFoundError(f"{config.model} is not a directory with a model")
     tokenizer = load(config.model)
+    vocab_size = check_pretrained(config.model).vocab_size
+    if tokenizer.vocab_size > vocab_size or (
+        isinstance(tokenizer, ByteTokenizer) and tokenizer.vocab_size != vocab_size
+    ):
+        raise ValueError(
+            f"{config.model}: the model has vocab_size={vocab_size}, the tokenizer "
+            f"{tokenizer.vocab_size} (bytes, where there is no tokenizer.json)"
+        )
     if config.chat:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
     tokens = tokenizer.encode(prompt)
