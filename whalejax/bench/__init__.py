@@ -1,0 +1,1 @@
+"""Benchmarks: a module per area, run as `python -m whalejax.bench.<area>`."""
