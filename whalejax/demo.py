@@ -31,7 +31,7 @@ class DemoConfig:
     """
 
     out: Path = Path("runs/demo")
-    steps: int = 900
+    steps: int = 1400
     seed: int = 0
 
     def __post_init__(self):
@@ -55,7 +55,6 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             peak_lr=4e-3,
             final_lr=2e-4,
             warmup_steps=40,
-            bias_update_speed=1e-2,  # V3's 1e-3 is for a million steps, not for a thousand
             constant_fraction=0.4,
         ),
     )

@@ -2,9 +2,11 @@
 
 import dataclasses
 
-# Forward and backward on a CPU of two cores, f32, heads of 48 and 32, time relative to holding all
-# scores: at 256 tokens (b × h = 64) blocks of 64, 128, 256 take 0.63, 0.64, 1.2; at 1024 (16)
-# 0.29, 0.25, 0.32; one row of scores per block, unrolled without an online softmax, 0.8 at 256.
+# Forward and gradients on a CPU of two cores, f32, heads of 48 and 32, median time relative to
+# holding all scores. At 256 tokens (b × h = 64) blocks of 64, 128, 256 take 0.68, 0.66, 1.04; at
+# 512 (16) 128 and 256 take 0.70, 0.69; at 1024 (16) 64, 128, 256, 512 take 0.57, 0.47, 0.44, 0.51;
+# at 4096 (4) 128, 256, 512 take 0.21, 0.20, 0.14. Whole rows of scores, unrolled without an online
+# softmax, were slower than the loop at 256, 512 and 2048 tokens.
 SMALL_BLOCK = 128
 # A GPU without cuDNN for these arguments pays for each step of the loops more than for its size.
 LARGE_BLOCK, LARGE_FROM = 256, 2048
