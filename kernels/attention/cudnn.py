@@ -37,6 +37,8 @@ def why_not_lowered(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> s
     for name, dim in (("d_qk", q.shape[3]), ("d_v", v.shape[3])):
         if dim % 8 or dim > MAX_HEAD_DIM:
             return f"{name}={dim} must be a multiple of 8 up to {MAX_HEAD_DIM}"
+    if q.shape[1] == k.shape[1] == 1:
+        return "cuDNN refuses one query with one key, s=1 and s_k=1"
     if causal and q.shape[1] != k.shape[1]:
         return f"its causal mask begins at key 0, but s={q.shape[1]} and s_k={k.shape[1]} differ"
     missing = [name for name in NEEDED if not hasattr(importlib.import_module(PRIMITIVES), name)]

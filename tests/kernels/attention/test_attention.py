@@ -226,6 +226,7 @@ def test_dtypes_that_do_not_fit_are_printed(dtypes, says):
         ("cudnn", "bfloat16", 64, (4, 4), True, "needs a CUDA GPU"),
         ("cudnn", "float32", 64, (4, 4), True, "not float32"),
         ("cudnn", "bfloat16", 260, (4, 4), True, "d_qk=260"),
+        ("cudnn", "bfloat16", 64, (1, 1), True, "s=1 and s_k=1"),
         ("cudnn", "bfloat16", 64, (4, 6), True, "s=4 and s_k=6"),
         ("mosaic_gpu", "bfloat16", 64, (4, 4), True, "the arguments bfloat16"),
         ("mosaic_gpu", "float16", 260, (4, 4), True, "d_qk=260"),
