@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -252,11 +253,14 @@ def record(config: TrainConfig, ready: Prepared) -> None:
             raise ValueError(
                 f"{config.out} holds a run with other settings ({shown}): choose another --out"
             )
+        return
     config.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n")
     for name in ("train", "heldout"):
         names = getattr(ready.corpus, f"{name}_names")
         (config.out / f"{name}.txt").write_text("".join(f"{n}\n" for n in names))
+    temporary = path.with_suffix(".tmp")  # last and at once: a kill leaves all of it or nothing
+    temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def first_state(
@@ -305,6 +309,8 @@ def loop(
                 began = time.perf_counter()
             done = step + 1
             if done % config.save_every == 0 and done < stop and not int(values["bad_streak"]):
+                report(bar, *pending)  # first its metrics: a run killed now goes on after them
+                pending = None
                 checkpoints.save(done, state)
             if config.eval_every and done % config.eval_every == 0 and done < config.steps:
                 metrics.write(step=done, heldout_loss=evaluate(config, ready, state))
