@@ -208,3 +208,15 @@ def test_train_config_prints_what_is_wrong():
         TrainConfig(steps=0, length=-1)
     with pytest.raises(ValueError, match="batch_size=7 must be a multiple of accumulate=2"):
         TrainConfig(batch_size=7, accumulate=2)
+
+
+def test_metrics_reach_the_file_before_their_checkpoint(config, monkeypatch):
+    written, save = {}, run.Checkpoints.save
+
+    def spy(self, step, state):
+        written[step] = max(losses(config))
+        save(self, step, state)
+
+    monkeypatch.setattr(run.Checkpoints, "save", spy)
+    train(dataclasses.replace(config, steps=8, stop_at=7))
+    assert written == {4: 4, 7: 7}
