@@ -65,6 +65,13 @@ def unusable(path: str) -> str | None:
     return None if reason is None else reason()
 
 
+def no_gpu() -> str | None:
+    """Says what the default device is if it is no CUDA GPU, None if it is one."""
+    if jax.default_backend() == "gpu":
+        return None
+    return f"the kernel needs a CUDA GPU, this is {jax.devices()[0].device_kind}"
+
+
 def mosaic_unusable() -> str | None:
     """Says why Mosaic GPU kernels cannot be used, None if they can.
 
@@ -78,3 +85,64 @@ def mosaic_unusable() -> str | None:
         if capability != HOPPER:
             return f"the kernels need compute capability {HOPPER}, this GPU has {capability}"
     return None
+
+
+def run(
+    op: str,
+    backends: Mapping[str, str],
+    implementation: str | None,
+    arrays: tuple[Any, ...],
+    *static: Any,
+) -> Any:
+    """Runs an op that has a Mosaic GPU kernel and a definition in XLA.
+
+    Args:
+      op: name of the op, and of the function in the backends' modules.
+      backends: `{"mosaic_gpu": path, "xla": path}`.
+      implementation: a name of `backends`, or None: the kernel where CUDA is lowered for and the
+        kernel can run the arguments, XLA elsewhere.
+      arrays: pytrees of arrays, the function's first arguments.
+      *static: the function's other arguments.
+
+    Raises:
+      ValueError: `implementation` is unknown.
+      NotImplementedError: the implementation that was named cannot run; says why.
+    """
+    if implementation is not None:
+        backend = choose(op, backends, implementation, op, arrays, *static)
+        if reason := unusable(backends[implementation]):
+            raise NotImplementedError(f"{op}: {implementation!r} cannot run: {reason}")
+        return vary_like(getattr(backend, op)(*arrays, *static), arrays)
+    portable = getattr(importlib.import_module(backends["xla"]), op)
+    hopper = importlib.import_module(backends["mosaic_gpu"])
+    if hopper.why_not(op, arrays, *static) is not None:
+        return vary_like(portable(*arrays, *static), arrays)
+    return jax.lax.platform_dependent(
+        *arrays,
+        cuda=lambda *a: vary_like(getattr(hopper, op)(*a, *static), a),
+        default=lambda *a: vary_like(portable(*a, *static), a),
+    )
+
+
+def vary_like(out: Any, arrays: Any) -> Any:
+    """Types an op's results as differing between devices where its arguments do.
+
+    Inside of `jax.shard_map` XLA's operations do so by themselves; a kernel's results, and
+    constants that a loop starts from, have to be told.
+
+    Args:
+      out: pytree of arrays.
+      arrays: pytree of arrays.
+    """
+    varying = [_varying(x) for x in jax.tree.leaves(arrays)]
+    axes = frozenset().union(*varying)
+
+    def vary(x):
+        missing = tuple(sorted(axes - _varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, out)
+
+
+def _varying(x):
+    return jax.typeof(x).manual_axis_type.varying

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from whalejax.kernels.attention import chunked
-from whalejax.kernels.backend import mosaic_unusable
+from whalejax.kernels.backend import mosaic_unusable, no_gpu
 
 BLOCK = 64  # queries of a warpgroup, and keys of a step
 QUERIES = 2 * BLOCK  # of a program: two warpgroups
@@ -25,9 +25,7 @@ BAD_CUDA = range(12080, 12091)
 
 def unusable() -> str | None:
     """Says why the kernel cannot be used on this machine, None if it can."""
-    if jax.default_backend() != "gpu":
-        return f"the kernel needs a CUDA GPU, this is {jax.devices()[0].device_kind}"
-    return mosaic_unusable() or _cuda_unusable()
+    return mosaic_unusable() or no_gpu() or _cuda_unusable()
 
 
 def why_not_lowered(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> str | None:

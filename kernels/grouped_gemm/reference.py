@@ -7,7 +7,7 @@ oracle and not the default.
 import jax
 import jax.numpy as jnp
 
-from whalejax.kernels.permutation.api import aligned, exclusive_cumsum
+from whalejax.kernels.groups import aligned, real_rows
 
 
 def why_not(x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment: int) -> str | None:
@@ -32,10 +32,3 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment
     return jnp.where(real_rows(group_sizes, x.shape[0], alignment)[:, None], product, 0).astype(
         x.dtype
     )
-
-
-def real_rows(group_sizes: jax.Array, rows: int, alignment: int) -> jax.Array:
-    """`bool[rows]`: the row belongs to a group and is not padding."""
-    starts = exclusive_cumsum(aligned(group_sizes, alignment))[None]
-    row = jnp.arange(rows, dtype=starts.dtype)[:, None]
-    return jnp.any((row >= starts) & (row < starts + group_sizes[None]), axis=1)

@@ -8,8 +8,7 @@ the gathered weights cost memory (tiles x N x K), which suits small experts and 
 import jax
 import jax.numpy as jnp
 
-from whalejax.kernels.grouped_gemm.reference import real_rows
-from whalejax.kernels.permutation.api import expert_of_tiles
+from whalejax.kernels.groups import group_of_tiles, real_rows
 
 
 def why_not(x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment: int) -> str | None:
@@ -21,7 +20,7 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment
     """`x[rows of g] @ w[g].T` for each group g; padding rows are zero."""
     num_tiles = x.shape[0] // alignment
     tiles = x.reshape(num_tiles, alignment, x.shape[1])
-    weights = gather_weights(w, expert_of_tiles(group_sizes, num_tiles, alignment))
+    weights = gather_weights(w, group_of_tiles(group_sizes, num_tiles, alignment))
     product = jnp.einsum("tmk,tnk->tmn", tiles, weights, preferred_element_type=jnp.float32)
     product = product.reshape(x.shape[0], w.shape[1])
     return jnp.where(real_rows(group_sizes, x.shape[0], alignment)[:, None], product, 0).astype(

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from whalejax.kernels.groups import aligned, exclusive_cumsum, group_of_tiles
+
 
 class Permutation(NamedTuple):
     """Where each choice of each token lies among the experts' rows.
@@ -57,7 +59,7 @@ def plan_permutation(topk_idx: jax.Array, num_experts: int, *, alignment: int = 
     chosen = expert < num_experts
     at = jnp.minimum(expert, num_experts - 1)
     row_of = jnp.where(chosen, first_row[at] + rank - first[at], rows)
-    row_expert = expert_of_tiles(sizes, rows // alignment, alignment).repeat(alignment)
+    row_expert = group_of_tiles(sizes, rows // alignment, alignment).repeat(alignment)
     offset = jnp.arange(rows, dtype=jnp.int32) - first_row[row_expert]
     filled = offset < sizes[row_expert]
     source = jnp.where(filled, order[jnp.where(filled, first[row_expert] + offset, 0)], choices)
@@ -67,24 +69,6 @@ def plan_permutation(topk_idx: jax.Array, num_experts: int, *, alignment: int = 
 def num_rows(choices: int, num_experts: int, alignment: int) -> int:
     """Rows that hold any distribution of `choices` over the experts, each aligned."""
     return (choices // alignment + min(num_experts, choices)) * alignment
-
-
-def aligned(sizes: jax.Array, alignment: int) -> jax.Array:
-    """Sizes rounded up to multiples of `alignment`."""
-    return (sizes + alignment - 1) // alignment * alignment
-
-
-def exclusive_cumsum(sizes: jax.Array) -> jax.Array:
-    """Sum of all sizes before each."""
-    return jnp.cumsum(sizes, dtype=sizes.dtype) - sizes
-
-
-def expert_of_tiles(group_sizes: jax.Array, num_tiles: int, alignment: int) -> jax.Array:
-    """The expert whose rows fill each tile of `alignment` rows; the last one past the end."""
-    ends = jnp.cumsum(aligned(group_sizes, alignment))
-    starts = jnp.arange(num_tiles, dtype=ends.dtype) * alignment
-    tile_expert = jnp.sum(starts[:, None] >= ends[None], axis=1)
-    return jnp.minimum(tile_expert, group_sizes.shape[0] - 1)
 
 
 @jax.custom_vjp
