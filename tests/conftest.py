@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# threads of XLA's pool: the interpreter of GPU kernels needs one for each warpgroup at a time
+os.environ.setdefault("NPROC", "48")
 
 import jax
 
