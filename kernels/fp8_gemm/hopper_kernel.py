@@ -1,0 +1,385 @@
+"""The FP8 matmul kernel for Hopper: 1 x 128 scales times 128 x 128 scales.
+
+Persistent: one CTA for each SM works through its items. A ring of slots, each a block of 128 of K,
+runs on across items, so that an item's first loads start before the last item's epilogue.
+
+```
+             k=0       k=1             k=2             next item
+TMA  wg 2    load 0    load 1          load 2          load 0'     waits only for a free slot
+math wg 0              mma 0, scale 0  mma 1, scale 1  mma 2 ...   store rows 0-63
+math wg 1              mma 0, scale 0  mma 1, scale 1  mma 2 ...   store rows 64-127
+```
+
+The tensor core sums FP8 products in about 14 bits, so the product of each K block goes to a fresh
+accumulator and is added, scaled, to float32 registers ("promotion"). The two math warpgroups drift
+apart and hide each other's promotion. A zeroed accumulator is free only if it is allocated in the
+basic block of its first wgmma, after the wait for its slot.
+
+Partial last tiles need no care: TMA fills what lies outside with zeros and stores only what lies
+inside.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, WARPGROUP_ROWS, Tuning
+from whalejax.kernels.mosaic import (
+    LOADER_REGISTERS,
+    MATH_REGISTERS,
+    compiler_params,
+    for_tma,
+    next_slot,
+    panel_columns,
+    transforms,
+)
+
+F32, E4M3 = jnp.float32, jnp.float8_e4m3fn
+ROW, COLUMN, GROUP, ROWS = range(4)  # columns of an item
+COPIES = 4  # that fill a slot: x, w, and the scales of both
+SCALES_AT_ONCE = 32  # of w, along K: TMA writes to multiples of 128 bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Sizes: x `[x_groups, m, k]` times w `[groups, n, k]`.
+
+    Attributes:
+      masked: rows past an item's count are stored as zeros.
+    """
+
+    x_groups: int
+    groups: int
+    m: int
+    n: int
+    k: int
+    out_dtype: Any
+    masked: bool
+
+    @property
+    def num_k(self) -> int:
+        """Blocks of K."""
+        return -(-self.k // BLOCK_K)
+
+
+class Segment(NamedTuple):
+    """Columns `first` to `last` of a tile, promoted with one scale of w: the tile's `block`-th."""
+
+    first: int
+    last: int
+    block: int
+
+
+class Refs(NamedTuple):
+    """GMEM (lower case) and SMEM of the kernel, in the order of its arguments."""
+
+    x: Any
+    x_scales: Any
+    w: Any
+    w_scales: Any
+    items: Any
+    counts: Any
+    out: Any
+    X: Any
+    W: Any
+    XS: Any
+    WS: Any
+    O: Any  # noqa: E741 - the output on its way
+    full: Any
+    empty: Any
+
+
+def offsets(n: int, t: Tuning) -> list[int]:
+    """Where tiles of an array of `n` columns start in a block of w's scales."""
+    return sorted({i * t.tile_n % BLOCK_K for i in range(-(-n // t.tile_n))})
+
+
+def segments(offset: int, t: Tuning) -> list[Segment]:
+    """The segments of a tile that starts at `offset`, cut where blocks of scales end."""
+    cuts = sorted({0, t.tile_n, *range(-offset % BLOCK_K, t.tile_n, BLOCK_K)})
+    return [
+        Segment(first, last, (offset + first) // BLOCK_K)
+        for first, last in itertools.pairwise(cuts)
+    ]
+
+
+def num_scales(n: int, t: Tuning) -> int:
+    """Blocks of w's scales, along N, that a tile can touch."""
+    return max(segments(offset, t)[-1].block for offset in offsets(n, t)) + 1
+
+
+def build(p: Problem, t: Tuning, ctas: int):
+    """The kernel as a function of x, its scales, w, its scales, items and counts."""
+
+    def body(*refs):
+        refs = Refs(*refs)
+        wg = lax.axis_index("wg")
+        cta = lax.axis_index("cluster") * t.cluster + lax.axis_index("peer")
+
+        @pl.when(wg == t.warpgroups)
+        def _loads():
+            if t.warpgroups == 2:
+                plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+            load_items(p, t, refs, cta)
+
+        @pl.when(wg < t.warpgroups)
+        def _multiplies():
+            if t.warpgroups == 2:
+                plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            multiply_items(p, t, refs, cta, wg)
+
+    empty = (
+        plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages)
+        if t.cluster == 1
+        else plgpu.ClusterBarrier(
+            collective_axes=("peer",), num_arrivals=t.warpgroups, num_barriers=t.stages
+        )
+    )
+    ends = [s.last for offset in offsets(p.n, t) for s in segments(offset, t)]
+    panel = panel_columns(t.tile_n, functools.reduce(math.gcd, ends), p.out_dtype)
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((p.x_groups, p.m, p.n), p.out_dtype),
+        scratch_types=[
+            plgpu.SMEM((t.stages, t.tile_m, BLOCK_K), E4M3, transforms=transforms(BLOCK_K, E4M3)),
+            plgpu.SMEM((t.stages, t.tile_n, BLOCK_K), E4M3, transforms=transforms(BLOCK_K, E4M3)),
+            plgpu.SMEM((t.stages, t.tile_m), F32),
+            plgpu.SMEM((t.stages, num_scales(p.n, t), SCALES_AT_ONCE), F32),
+            plgpu.SMEM(
+                (t.waves, t.warpgroups, t.tile_n // panel, WARPGROUP_ROWS, panel),
+                p.out_dtype,
+                transforms=transforms(panel, p.out_dtype),
+            ),
+            plgpu.Barrier(num_arrivals=COPIES, num_barriers=t.stages),
+            empty,
+        ],
+        grid=(ctas // t.cluster,),
+        grid_names=("cluster",),
+        cluster=(t.cluster,),
+        cluster_names=("peer",),
+        num_threads=t.warpgroups + 1,
+        thread_name="wg",
+        kernel_name=f"fp8_matmul_{t.tile_m}x{t.tile_n}",
+        compiler_params=compiler_params(),
+    )
+
+
+def num_k_of(p, refs, cta, i):
+    """K blocks of item i: none where it has no rows and is only filled with zeros."""
+    if not p.masked:
+        return p.num_k
+    return jnp.where(refs.items[cta, i, ROWS] > 0, p.num_k, 0)
+
+
+def load_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array) -> None:
+    """Fills slots with K blocks of x, of w and of x's scales, item after item."""
+
+    X, W = for_tma(refs.X, p.m, p.k), for_tma(refs.W, p.n, p.k)
+    peers = "peer" if t.cluster > 1 else None
+    x_peers, w_peers = (peers, None) if t.share == "x" else (None, peers)
+
+    def item(i, g):
+        rows = pl.ds(refs.items[cta, i, ROW] * t.tile_m, t.tile_m)
+        first_column = refs.items[cta, i, COLUMN] * t.tile_n
+        columns = pl.ds(first_column, t.tile_n)
+        blocks = pl.ds(lax.div(first_column, BLOCK_K), num_scales(p.n, t))
+        group = refs.items[cta, i, GROUP] if p.groups > 1 else 0
+        x_group = group if p.x_groups > 1 else 0
+
+        def block(j, g):
+            slot = lax.rem(g, t.stages)  # carrying the slot itself is 5 % slower, here alone
+            plgpu.barrier_wait(refs.empty.at[slot])
+            k, full = pl.ds(j * BLOCK_K, BLOCK_K), refs.full.at[slot]
+            x, w = refs.x.at[x_group, rows, k], refs.w.at[group, columns, k]
+            plgpu.copy_gmem_to_smem(x, X.at[slot], full, collective_axes=x_peers)
+            plgpu.copy_gmem_to_smem(w, W.at[slot], full, collective_axes=w_peers)
+            plgpu.copy_gmem_to_smem(refs.x_scales.at[x_group, j, rows], refs.XS.at[slot], full)
+            at_once = pl.ds(lax.div(j, SCALES_AT_ONCE) * SCALES_AT_ONCE, SCALES_AT_ONCE)
+            w_scales = refs.w_scales.at[group, blocks, at_once]
+            plgpu.copy_gmem_to_smem(w_scales, refs.WS.at[slot], full)
+            return g + 1
+
+        return lax.fori_loop(0, num_k_of(p, refs, cta, i), block, g)
+
+    g = lax.fori_loop(0, refs.counts[cta], item, 0)
+    drain(t, refs, g)
+
+
+def drain(t: Tuning, refs: Refs, g: jax.Array) -> None:
+    """Fills one more slot with nothing, for which the last block's step waits, and awaits the rest.
+
+    A peer's last arrivals must find this CTA still there.
+    """
+    slot = lax.rem(g, t.stages)
+    plgpu.barrier_wait(refs.empty.at[slot])
+    for _ in range(COPIES):
+        plgpu.barrier_arrive(refs.full.at[slot])
+    for s in range(1, t.stages):
+        plgpu.barrier_wait(refs.empty.at[lax.rem(g + s, t.stages)])
+
+
+def multiply_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array, wg: jax.Array) -> None:
+    """Multiplies a warpgroup's rows of each item, block after block, and stores them.
+
+    The loop over K is compiled once for each offset that a tile can have in a block of w's scales:
+    choosing scales inside the loop costs registers and instructions.
+    """
+    for s in range(t.stages):
+        plgpu.barrier_arrive(refs.empty.at[s])
+    starts = offsets(p.n, t)
+    if t.stagger:
+        hold_back(wg == 1, t.stagger, refs.w_scales[0, 0, 0])
+
+    plgpu.barrier_wait(refs.full.at[0])
+
+    def item(i, slot):
+        branches = [
+            functools.partial(multiply_item, p, t, refs, cta, wg, segments(offset, t), i, slot)
+            for offset in starts
+        ]
+        at = lax.rem(refs.items[cta, i, COLUMN] * t.tile_n, BLOCK_K)
+        # offsets are neighbours in multiples of their distance
+        which = lax.div(at, starts[1]) if len(starts) > 1 else 0
+        if not p.masked:
+            switch(which, branches)
+            return lax.rem(slot + p.num_k, t.stages)
+
+        rows = refs.items[cta, i, ROWS]
+
+        @pl.when(rows > 0)
+        def _real():
+            switch(which, branches)
+
+        @pl.when(rows <= 0)
+        def _padding():
+            parts = segments(0, t)
+            store(p, t, refs, cta, wg, i, parts, [zeros(parts)] * t.waves)
+
+        return lax.rem(slot + num_k_of(p, refs, cta, i), t.stages)
+
+    lax.fori_loop(0, refs.counts[cta], item, 0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def hold_back(condition, steps, x):
+    """Lets a warpgroup start later, by `steps` dependent multiply-adds of 4 cycles, if `condition`.
+
+    Warpgroups that start together tend to promote together, while the tensor core idles.
+    """
+    x = lax.fori_loop(0, jnp.where(condition, steps, 0), lambda _, x: x * 0.999 + 0.001, x)
+
+    @pl.when(x == -1e38)  # never: scales are positive; the chain must have a use
+    def _():
+        plgpu.wait_smem_to_gmem(0)
+
+
+def switch(which, branches):
+    """Runs one of the branches."""
+    if len(branches) == 1:
+        branches[0]()
+    else:
+        lax.switch(which, branches)
+
+
+def zeros(parts):
+    """Float32 accumulators of a warpgroup's rows, one a segment."""
+    return [
+        plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, s.last - s.first), F32), plgpu.Layout.WGMMA)
+        for s in parts
+    ]
+
+
+def multiply_item(p, t, refs, cta, wg, parts, i, slot):
+    """Multiplies a warpgroup's rows of item i, whose first K block lies in `slot`, awaited already.
+
+    A step multiplies a wave of 64 rows by a K block. While a step is in the tensor core, the next
+    block is awaited and the next step's scales are loaded: between two wgmmas lies nothing but the
+    promotion, and what lies there decides the speed. The last step awaits the next item's first
+    block; the scales that it loads are not used.
+    """
+
+    def scales_of(slot, j, wave):
+        rows = rows_of(t, wg, wave)
+        x_scales = plgpu.load(refs.XS.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1))
+        return [x_scales * refs.WS[slot, s.block, lax.rem(j, SCALES_AT_ONCE)] for s in parts]
+
+    def block(j, carry):
+        slot, scales, accs = carry
+        following, accs = next_slot(t.stages, slot), list(accs)
+        for wave in range(t.waves):
+            last, rows = wave == t.waves - 1, rows_of(t, wg, wave)
+            if last and t.waves > 1:
+                # Here, not behind the wgmma: it keeps ptxas from moving the promotion of one wave
+                # behind the next one's wgmma, for which there are not enough registers.
+                plgpu.barrier_wait(refs.full.at[following])
+
+            def multiply(acc, wave=wave, last=last, rows=rows):
+                plgpu.wgmma(acc, refs.X.at[slot, rows], refs.W.at[slot].transpose((1, 0)))
+                if last and t.waves == 1:
+                    plgpu.barrier_wait(refs.full.at[following])
+                step = (following, j + 1, 0) if last else (slot, j, wave + 1)
+                return scales_of(*step), plgpu.wgmma_accumulator_load(acc)
+
+            next_scales, product = pl.run_scoped(
+                multiply, plgpu.ACC((WARPGROUP_ROWS, t.tile_n), F32)
+            )
+            if last:
+                plgpu.barrier_arrive(refs.empty.at[slot])
+            accs[wave] = [
+                acc + columns_of(product, s) * lax.broadcast_in_dim(scale, acc.shape, [0])
+                for acc, scale, s in zip(accs[wave], scales, parts, strict=True)
+            ]
+            scales = next_scales
+        return following, scales, accs
+
+    start = (slot, scales_of(slot, 0, 0), [zeros(parts)] * t.waves)
+    *_, accs = lax.fori_loop(0, p.num_k, block, start)
+    store(p, t, refs, cta, wg, i, parts, accs)
+
+
+def rows_of(t, wg, wave):
+    """The rows of a tile that a warpgroup multiplies in a wave."""
+    return pl.ds((wave * t.warpgroups + wg) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+
+def columns_of(product, segment):
+    """A segment of a tile's product."""
+    first, last = segment.first, segment.last
+    return product if last - first == product.shape[1] else product[:, first:last]
+
+
+def store(p, t, refs, cta, wg, i, parts, accs):
+    """Rounds an item's rows to the output's dtype and sends them off through SMEM."""
+    *_, num_panels, _, panel = refs.O.shape
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for wave, of_wave in enumerate(accs):
+        for s, acc in zip(parts, of_wave, strict=True):
+            if p.masked:
+                real = refs.items[cta, i, ROWS] - (wave * t.warpgroups + wg) * WARPGROUP_ROWS
+                index = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=plgpu.Layout.WGMMA)
+                acc = jnp.where(index < real, acc, 0.0)
+            acc = acc.astype(p.out_dtype)
+            for first in range(s.first, s.last, panel):
+                last = min(first + panel, s.last)
+                at = pl.ds(first % panel, last - first)
+                refs.O[wave, wg, first // panel, :, at] = acc[:, first - s.first : last - s.first]
+    plgpu.commit_smem()
+    # read again: cheaper than registers held through the main loop
+    row, column = refs.items[cta, i, ROW], refs.items[cta, i, COLUMN]
+    x_group = refs.items[cta, i, GROUP] if p.x_groups > 1 else 0
+    O = for_tma(refs.O, p.m, p.n)  # noqa: E741
+    for wave in range(t.waves):
+        rows = pl.ds(row * t.tile_m + (wave * t.warpgroups + wg) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        for number in range(num_panels):
+            columns = pl.ds(column * t.tile_n + number * panel, panel)
+            target = refs.out.at[x_group, rows, columns]
+            plgpu.copy_smem_to_gmem(O.at[wave, wg, number], target, commit_group=False)
+    plgpu.commit_smem_to_gmem_group()

@@ -1,0 +1,452 @@
+"""The Mosaic GPU kernels without a GPU: interpreted on the CPU, and lowered for CUDA."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from whalejax.kernels import fp8_gemm, grouped_gemm, mosaic, quantization
+from whalejax.kernels.backend import mosaic_unusable
+from whalejax.kernels.fp8_gemm import hopper
+from whalejax.kernels.fp8_gemm.tuning import Tuning, WgradTuning
+from whalejax.kernels.grouped_gemm import cases as grouped_cases
+from whalejax.kernels.grouped_gemm import fp8_reference
+from whalejax.kernels.grouped_gemm import hopper as grouped_hopper
+from whalejax.kernels.quantization import QuantizedArray, quantize, quantize_transposed, reference
+from whalejax.kernels.quantization import hopper as quantization_hopper
+from whalejax.kernels.testing import assert_rows_close
+
+pytestmark = pytest.mark.skipif(mosaic_unusable() is not None, reason=str(mosaic_unusable()))
+
+WEIGHT = (128, 128)
+# bfloat16: half a step, averaged over a row. float32: roundings of 2**-24 of some hundred sums.
+TOLERANCE = {"bfloat16": 2.5e-3, "float32": 20 * 2**-24}
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+@pytest.fixture
+def interpret(monkeypatch):
+    """Runs a jitted function with its kernels interpreted, on a GPU of two SMs."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    monkeypatch.setattr(mosaic, "num_sms", lambda: 2)
+
+    def call(function, *arguments, detect_races=False):
+        params = plgpu.InterpretGPUParams(detect_races=detect_races)
+        with plgpu.force_gpu_interpret_mode(params):
+            # a new function: what was traced for another mode must not be reused
+            return jax.block_until_ready(jax.jit(lambda *a: function(*a))(*arguments))
+
+    yield call
+    gpu_callbacks.reset_gpu_interpret_mode_state()  # a failed kernel leaves its own
+
+
+def float64(q):
+    return np.asarray(q.dequantize(), np.float64)
+
+
+def with_garbage(q):
+    """The same array, with NaN in what pads its scales."""
+    q = q.with_scales_by_column()
+    stored = q.stored_scales.at[..., q.shape[-2] :].set(jnp.nan)
+    return QuantizedArray(q.values, stored, q.tile, scales_by_column=True)
+
+
+def normal(seed, *shape, dtype=F32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+@jax.jit
+def quantized(x, w):
+    return quantize(x), quantize(w, WEIGHT)
+
+
+@jax.jit
+def quantized_tokens(x, dy, sizes=None):
+    return [quantize_transposed(a, group_sizes=sizes) for a in (x, dy)]
+
+
+def matmul_operands(m, n, k):
+    """Operands whose rows differ in magnitude; some are zero."""
+    x = np.array(normal(m, m, k)) * np.exp2(np.arange(m) % 13 - 6.0)[:, None].astype(np.float32)
+    x[3::7] = 0
+    x, w = quantized(x, normal(n, n, k))
+    return with_garbage(x), w
+
+
+def assert_same(actual, expected):
+    """Asserts that quantised arrays are equal bit by bit."""
+    actual, expected = (
+        jax.tree.leaves(tree, is_leaf=lambda q: isinstance(q, QuantizedArray))
+        for tree in (actual, expected)
+    )
+    for got, wanted in zip(actual, expected, strict=True):
+        assert got.tile == wanted.tile and got.shape == wanted.shape
+        values = [np.asarray(q.values).view(np.uint8) for q in (got, wanted)]
+        np.testing.assert_array_equal(*values)
+        np.testing.assert_array_equal(got.scales, wanted.scales)
+
+
+@pytest.mark.parametrize(
+    ("size", "out_dtype", "tuning"),
+    [
+        ((130, 136, 272), BF16, Tuning(tile_n=128, stages=2)),
+        ((130, 136, 272), F32, Tuning(tile_n=128, stages=3, stagger=5)),
+        ((65, 400, 144), BF16, Tuning(tile_n=176, stages=2)),  # at offsets 0, 48, 96 of 128
+        ((65, 256, 144), F32, Tuning(tile_n=192, stages=2)),
+        ((70, 136, 272), BF16, Tuning(tile_m=64, tile_n=56, stages=2)),  # too narrow a swizzle
+        ((1, 16, 4240), F32, Tuning(tile_m=64, tile_n=16, stages=4)),  # 34 scales: two loads
+        ((129, 24, 16), BF16, Tuning(tile_n=32, stages=4)),  # less than a K block
+        ((300, 136, 144), BF16, Tuning(tile_m=256, tile_n=80, stages=2)),  # two waves
+        ((300, 64, 144), BF16, Tuning(tile_n=64, stages=2, cluster=2, share="w")),
+        ((130, 136, 144), F32, Tuning(tile_n=64, stages=2, cluster=2, share="x")),
+    ],
+    ids=str,
+)
+def test_matmul(interpret, size, out_dtype, tuning):
+    x, w = matmul_operands(*size)
+    out = interpret(lambda x, w: hopper.fp8_matmul(x, w, jnp.dtype(out_dtype), tuning), x, w)
+    assert out.dtype == out_dtype
+    tolerance = TOLERANCE[jnp.dtype(out_dtype).name]
+    assert_rows_close(out, float64(x) @ float64(w).T, tolerance=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("size", "tuning"),
+    [
+        ((130, 144, 208), WgradTuning(stages=2)),
+        ((300, 208, 64), WgradTuning(stages=3, tile_n=32)),
+        ((1, 16, 144), WgradTuning(stages=4, tile_n=160)),
+    ],
+    ids=str,
+)
+def test_weight_gradient(interpret, size, tuning):
+    m, n, k = size
+    x_t, dy_t = map(with_garbage, quantized_tokens(normal(0, m, k), normal(1, m, n)))
+    out = interpret(lambda *a: hopper.fp8_matmul_wgrad(*a, None, tuning), x_t, dy_t)
+    assert_rows_close(out, float64(dy_t) @ float64(x_t).T, tolerance=TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        Tuning(tile_n=128, stages=2),
+        Tuning(tile_m=64, tile_n=64, stages=2),
+        Tuning(tile_n=64, stages=2, cluster=2, share="x"),
+    ],
+    ids=str,
+)
+def test_contiguous_groups(interpret, tuning):
+    case = grouped_cases.Case(sizes=(130, 0, 1), n=136, k=144, spare=1)
+    x, w, sizes = grouped_cases.draw(case, jax.random.key(0))
+    arguments = *quantized(x, w), sizes
+    out = interpret(lambda *a: grouped_hopper.fp8_grouped_matmul(*a, F32, tuning), *arguments)
+    expected = fp8_reference.fp8_grouped_matmul(*arguments, F32)
+    assert_rows_close(out, expected, tolerance=TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize(
+    "tuning", [Tuning(tile_m=256, tile_n=64), Tuning(tile_n=64, cluster=2, share="w")], ids=str
+)
+def test_tiles_of_several_groups_are_refused(tuning):
+    arguments = fp8(512, 272), fp8(4, 200, 272, tile=WEIGHT), GROUPS
+    with pytest.raises(ValueError, match="must lie in one group"):
+        jax.eval_shape(
+            lambda *a: grouped_hopper.fp8_grouped_matmul(*a, jnp.dtype(BF16), tuning), *arguments
+        )
+
+
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (0, 256, 0)], ids=str)
+def test_extreme_groups(interpret, sizes):
+    case = grouped_cases.Case(sizes=sizes, n=64, k=144, spare=1)
+    x, w, sizes = grouped_cases.draw(case, jax.random.key(0))
+    arguments = *quantized(x, w), sizes
+    dtype, tuning = jnp.dtype(BF16), Tuning(tile_n=64, stages=2)
+    out = interpret(lambda *a: grouped_hopper.fp8_grouped_matmul(*a, dtype, tuning), *arguments)
+    expected = fp8_reference.fp8_grouped_matmul(*arguments, F32)
+    assert_rows_close(out, expected, tolerance=TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize(
+    ("case", "tuning"),
+    [
+        (grouped_cases.MASKED_CASES[0], None),
+        (grouped_cases.MASKED_CASES[0], Tuning(tile_m=64, tile_n=64, stages=2)),
+        (grouped_cases.MASKED_CASES[0], Tuning(tile_m=256, tile_n=64, stages=2)),
+        (grouped_cases.MASKED_CASES[1], Tuning(tile_n=64, stages=2)),
+        (grouped_cases.MASKED_CASES[2], Tuning(tile_n=56, stages=2, cluster=2, share="x")),
+    ],
+    ids=str,
+)
+def test_masked_groups(interpret, case, tuning):
+    x, w, counts = grouped_cases.draw_masked(case, jax.random.key(0))
+    arguments = *quantized(x, w), counts
+    dtype = jnp.dtype(case.out_dtype)
+    out = interpret(lambda *a: grouped_hopper.fp8_masked_matmul(*a, dtype, tuning), *arguments)
+    expected = fp8_reference.fp8_masked_matmul(*arguments, F32)
+    for group, count in enumerate(case.counts):
+        written = -(-count // 64) * 64  # what lies beyond may be anything
+        got, wanted = (np.asarray(a, np.float64)[group, :written] for a in (out, expected))
+        assert_rows_close(got, wanted, tolerance=TOLERANCE[case.out_dtype])
+
+
+def test_weight_gradients_of_groups(interpret):
+    tuning = WgradTuning(tile_n=96, stages=2)
+    case = grouped_cases.Case(sizes=(130, 0, 127, 0), n=144, k=208, spare=1)
+    x, _, sizes = grouped_cases.draw(case, jax.random.key(0))
+    arguments = quantized_tokens(x, x[:, : case.n], sizes)
+    out = interpret(
+        lambda *a: grouped_hopper.fp8_grouped_matmul_wgrad(*a, tuning), *arguments, sizes
+    )
+    expected = fp8_reference.fp8_grouped_matmul_wgrad(*arguments, sizes)
+    assert_rows_close(out, expected, tolerance=TOLERANCE["float32"])
+
+
+SIZES = jnp.array([100, 0, 1], jnp.int32)
+
+
+def rows(m=200, k=272, dtype=BF16):
+    """Rows of many magnitudes; one is zero, and one has an infinity."""
+    x = np.array(normal(0, m, k)) * np.exp2(np.arange(m) % 23 - 11)[:, None]
+    x[9], x[7, 3] = 0, np.inf
+    return jnp.asarray(x, dtype)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "static"),
+    [
+        ("quantize", lambda: [rows()], [(1, 128), False]),
+        ("quantize", lambda: [rows()], [(1, 128), True]),
+        ("quantize", lambda: [rows(130, dtype=F32).reshape(2, 65, 272)], [(1, 128), True]),
+        ("quantize", lambda: [rows(10, 16)], [(1, 128), False]),
+        ("quantize_transposed", lambda: [rows(), None], [True]),
+        ("quantize_transposed", lambda: [rows(256, 144), SIZES], [False]),
+        ("quantize_both", lambda: [rows(129, 144), None], [False]),
+        ("quantize_both", lambda: [rows(256, 144), SIZES], [True]),
+    ],
+    ids=[
+        "rows",
+        "power_of_two",
+        "float32",
+        "narrow",
+        "transposed",
+        "transposed-masked",
+        "both",
+        "both-masked",
+    ],
+)
+def test_quantisers(interpret, op, arguments, static):
+    arguments = arguments()
+
+    def of(backend):
+        return lambda *a: getattr(backend, op)(*a, *static)
+
+    assert_same(interpret(of(quantization_hopper), *arguments), jax.jit(of(reference))(*arguments))
+
+
+def test_what_no_quantiser_may_read_is_not_read(interpret):
+    """NaN in padding, and in one tile of another row."""
+    x = np.array(normal(0, 256, 144))
+    clean = np.where(np.arange(256)[:, None] < 100, x, 0)
+    x[100:], x[5, 130] = np.nan, np.nan
+    sizes = jnp.array([100], jnp.int32)
+    along, across = interpret(
+        lambda x: quantization_hopper.quantize_both(x, sizes, False), jnp.asarray(x, BF16)
+    )
+    expected = reference.quantize_both(jnp.asarray(clean, BF16), None, False)
+    spoiled = np.zeros((256, 144), bool)  # row 5's second tile, and column 130's first
+    spoiled[5, 128:], spoiled[:128, 130] = True, True
+    elsewhere = ~spoiled & (np.arange(256)[:, None] < 100)
+    np.testing.assert_array_equal(float64(along)[elsewhere], float64(expected[0])[elsewhere])
+    np.testing.assert_array_equal(float64(across).T[~spoiled], float64(expected[1]).T[~spoiled])
+    assert np.isnan(float64(along)[5, 130]) and np.isnan(float64(across)[130, 5])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "power_of_two"), [(BF16, False), (F32, True)], ids=["bfloat16", "float32"]
+)
+def test_swiglu(interpret, dtype, power_of_two):
+    gate_up = normal(0, 130, 2 * 144, dtype=dtype) * 4
+    got = interpret(lambda x: quantization_hopper.swiglu_quantize(x, power_of_two), gate_up)
+    wanted = jax.jit(lambda x: reference.swiglu_quantize(x, power_of_two))(gate_up)
+    # the sigmoid may be rounded differently, and a number then fall to the other side: a step
+    np.testing.assert_allclose(got.scales, wanted.scales, rtol=2**-20)
+    scale = np.repeat(np.asarray(wanted.scales), 128, axis=1)[:, :144]
+    step = np.maximum(np.abs(float64(wanted)) * 2**-3, scale * 2**-9)
+    assert (np.abs(float64(got) - float64(wanted)) <= step * (1 + 2**-16)).all()
+    assert np.mean(float64(got) != float64(wanted)) < 1e-3
+
+
+def test_runs_are_identical(interpret):
+    x, w = matmul_operands(130, 136, 272)
+    tuning = Tuning(tile_n=64, stages=2, cluster=2)
+    runs = [interpret(lambda x, w: hopper.fp8_matmul(x, w, F32, tuning), x, w) for _ in range(2)]
+    np.testing.assert_array_equal(*runs)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (
+            lambda x: quantization_hopper.quantize(x, (1, 128), False),
+            lambda: [normal(0, 130, 272, dtype=BF16)],
+        ),
+        (
+            lambda x: quantization_hopper.quantize_both(x, None, False),
+            lambda: [normal(0, 130, 272, dtype=BF16)],
+        ),
+        (
+            lambda x, w: hopper.fp8_matmul(x, w, F32, Tuning(tile_n=64, stages=2, cluster=2)),
+            lambda: matmul_operands(130, 136, 272),
+        ),
+        (
+            lambda x, w: hopper.fp8_matmul(x, w, F32, Tuning(tile_m=256, tile_n=64, stages=2)),
+            lambda: matmul_operands(130, 136, 272),
+        ),
+        (
+            lambda x, w: hopper.fp8_matmul_wgrad(x, w, None, WgradTuning(stages=2, tile_n=64)),
+            lambda: quantized_tokens(normal(0, 300, 144), normal(1, 300, 144)),
+        ),
+    ],
+    ids=["quantize", "quantize_both", "matmul-cluster", "matmul-waves", "weight-gradient"],
+)
+def test_there_are_no_races(interpret, capfd, monkeypatch, function, arguments):
+    """Arrivals are fenced here, in the interpreter's memory model alone.
+
+    It orders a read of SMEM before a later TMA into the same place by a fence of proxies only. On
+    the hardware the arrival that says a slot was read does, as in DeepGEMM and CUTLASS.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    arrive = plgpu.barrier_arrive
+
+    def fence_and_arrive(barrier):
+        plgpu.commit_smem()
+        arrive(barrier)
+
+    monkeypatch.setattr(plgpu, "barrier_arrive", fence_and_arrive)
+    interpret(function, *arguments(), detect_races=True)
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def shapes(*sizes, dtype=BF16):
+    return [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
+
+
+def fp8(*size, tile=(1, 128)):
+    return jax.eval_shape(lambda x: quantize(x, tile), *shapes(size))
+
+
+def num_kernels(function, arguments, platform):
+    """How many Mosaic GPU kernels there are in a function lowered for a platform."""
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+    calls = re.findall(r"custom_call @([\w$]+)", lowered.as_text())
+    assert all(call.startswith("mosaic_gpu") for call in calls)
+    return len(calls)
+
+
+def value_and_gradient(layer):
+    def both(x, w, *sizes):
+        y, pull = jax.vjp(lambda x, w: layer(x, w, *sizes), x, w)
+        return y, pull(y)
+
+    return both
+
+
+GROUPS = jax.ShapeDtypeStruct((4,), jnp.int32)
+LOWERED = {  # the function, its arguments, and how many kernels it takes
+    "quantize": (quantize, shapes((257, 272)), 1),
+    "quantize-one-row": (quantize, shapes((1, 16)), 1),
+    "quantize-float32": (quantize, shapes((257, 272), dtype=F32), 1),
+    "quantize-leading-axes": (quantize, shapes((2, 3, 65, 272)), 1),
+    "quantize-weight": (functools.partial(quantize, tile=WEIGHT), shapes((200, 272)), 0),
+    "quantize-transposed": (quantize_transposed, shapes((257, 272)), 1),
+    "quantize-transposed-float32": (quantize_transposed, shapes((257, 272), dtype=F32), 0),
+    "quantize-both": (quantization.quantize_both, shapes((257, 272)), 1),
+    "quantize-both-grouped": (
+        lambda x, sizes: quantization.quantize_both(x, group_sizes=sizes),
+        [*shapes((512, 272)), GROUPS],
+        1,
+    ),
+    "swiglu-quantize": (quantization.swiglu_quantize, shapes((257, 544)), 1),
+    "swiglu-quantize-float32": (quantization.swiglu_quantize, shapes((257, 544), dtype=F32), 1),
+    "swiglu-gradient": (quantization.swiglu_gradient, shapes((257, 544), (257, 272)), 0),
+    "matmul": (
+        fp8_gemm.fp8_matmul,
+        [fp8(257, 272), fp8(200, 272, tile=WEIGHT)],
+        1,
+    ),
+    "matmul-one-row": (
+        functools.partial(fp8_gemm.fp8_matmul, out_dtype=F32),
+        [fp8(1, 272), fp8(200, 272, tile=WEIGHT)],
+        1,
+    ),
+    "matmul-kv_a_proj": (
+        fp8_gemm.fp8_matmul,
+        [fp8(4096, 7168), fp8(576, 7168, tile=WEIGHT)],
+        1,
+    ),
+    "weight-gradient": (fp8_gemm.fp8_matmul_wgrad, [fp8(200, 272), fp8(257, 272)], 1),
+    "weight-gradient-accumulated": (
+        fp8_gemm.fp8_matmul_wgrad,
+        [fp8(200, 272), fp8(257, 272), *shapes((257, 200), dtype=F32)],
+        1,
+    ),
+    "contiguous": (
+        grouped_gemm.fp8_grouped_matmul,
+        [fp8(512, 272), fp8(4, 200, 272, tile=WEIGHT), GROUPS],
+        1,
+    ),
+    "masked": (
+        grouped_gemm.fp8_masked_matmul,
+        [fp8(4, 65, 272), fp8(4, 200, 272, tile=WEIGHT), GROUPS],
+        1,
+    ),
+    "weight-gradients-of-groups": (
+        grouped_gemm.fp8_grouped_matmul_wgrad,
+        [fp8(200, 512), fp8(257, 512), GROUPS],
+        1,
+    ),
+    "linear": (value_and_gradient(fp8_gemm.fp8_linear), shapes((257, 272), (208, 272)), 5),
+    "grouped-linear": (
+        value_and_gradient(grouped_gemm.fp8_grouped_linear),
+        [*shapes((512, 272), (4, 208, 272)), GROUPS],
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_kernels_are_lowered_for_cuda_alone(name):
+    function, arguments, expected = LOWERED[name]
+    assert num_kernels(function, arguments, "cuda") == expected
+    assert num_kernels(function, arguments, "cpu") == 0
+
+
+@pytest.mark.parametrize(
+    ("tuning", "out_dtype"),
+    [
+        (Tuning(tile_m=64, tile_n=16, stages=8), BF16),
+        (Tuning(tile_m=64, tile_n=56, stages=3), F32),
+        (Tuning(tile_n=192, stages=4, cluster=2), BF16),
+        (Tuning(tile_n=128, stages=4, cluster=2, share="x"), F32),
+    ],
+    ids=str,
+)
+def test_smem_bytes_are_enough(tuning, out_dtype):
+    from jax.experimental.mosaic.gpu import core
+
+    arguments = fp8(257, 272), fp8(584, 272, tile=WEIGHT)
+
+    def lower(limit):
+        with core.artificial_shared_memory_limit(limit):
+            num_kernels(lambda x, w: hopper.fp8_matmul(x, w, out_dtype, tuning), arguments, "cuda")
+
+    needed = tuning.smem_bytes(jnp.dtype(out_dtype).itemsize)
+    lower(needed)
+    with pytest.raises(ValueError, match="exceeds available shared memory"):
+        lower(needed * 3 // 4)
