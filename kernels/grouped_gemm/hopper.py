@@ -1,0 +1,138 @@
+"""Grouped FP8 matmuls on Hopper: the dense kernels, on items that know their group.
+
+Which tiles there are depends on sizes that only the device knows: XLA turns them into the kernel's
+table of items. Shapes are static, so there is always room for the worst case; tiles without rows
+come last or are left out.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from whalejax.kernels import mosaic
+from whalejax.kernels.backend import mosaic_unusable, no_gpu
+from whalejax.kernels.fp8_gemm.hopper import aligned_rows, tune, wgrad
+from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, Tuning, WgradTuning
+from whalejax.kernels.groups import (
+    ALIGNMENT,
+    aligned,
+    exclusive_cumsum,
+    group_of_tiles,
+    rows_of_tiles,
+)
+from whalejax.kernels.quantization import QuantizedArray
+
+
+def unusable() -> str | None:
+    """Says why the kernels cannot be used on this machine, None if they can."""
+    return mosaic_unusable() or no_gpu()
+
+
+def why_not(op: str, arrays: tuple, *static) -> str | None:
+    """Says why the kernel of `op` cannot run these arguments, None if it can."""
+    return mosaic_unusable()
+
+
+def fp8_grouped_matmul(
+    x: QuantizedArray,
+    w: QuantizedArray,
+    group_sizes: jax.Array,
+    out_dtype: jnp.dtype,
+    tuning: Tuning | None = None,
+) -> jax.Array:
+    """`x[rows of g] @ w[g].T`; see `grouped_gemm.fp8.fp8_grouped_matmul`."""
+    (m, k), n = x.shape, w.shape[1]
+    ctas = mosaic.num_sms()
+    t = tuning or tune(m, n, k, out_dtype)
+    if t.tile_m > ALIGNMENT or t.group[0] > 1:
+        raise ValueError(
+            f"tile_m={t.tile_m}, cluster={t.cluster} and share={t.share!r}: tiles of a cluster "
+            f"must lie in one group, and groups start on multiples of {ALIGNMENT}"
+        )
+    num_tiles = m // t.tile_m
+    items = mosaic.deal(
+        num_tiles,
+        -(-n // t.tile_n),
+        max_rows=num_tiles,
+        width=t.width,
+        ctas=ctas - ctas % t.cluster,
+        group=t.group,
+    )
+    row = jnp.minimum(items.row, num_tiles - 1)
+    group = group_of_tiles(group_sizes, m // ALIGNMENT, ALIGNMENT)[row * t.tile_m // ALIGNMENT]
+    filled = rows_of_tiles(group_sizes, m // ALIGNMENT, ALIGNMENT)[row * t.tile_m // ALIGNMENT]
+    filled = jnp.clip(filled - row * t.tile_m % ALIGNMENT, 0, t.tile_m)
+    table = mosaic.table(items.row, items.column, group, filled)
+    return _multiply(_with_group_axis(x), w, table, items.counts, out_dtype, t)[0]
+
+
+def fp8_masked_matmul(
+    x: QuantizedArray,
+    w: QuantizedArray,
+    counts: jax.Array,
+    out_dtype: jnp.dtype,
+    tuning: Tuning | None = None,
+) -> jax.Array:
+    """`x[g, :counts[g]] @ w[g].T`; see `grouped_gemm.fp8.fp8_masked_matmul`."""
+    (groups, max_m, k), n = x.shape, w.shape[1]
+    ctas = mosaic.num_sms()
+    # how many rows there are is known on the device alone: as if they filled its SMs
+    t = tuning or tune(max(max_m, 128), n, k, out_dtype)
+    most = -(-max_m // t.tile_m)  # tiles of rows of a group
+    tiles = (counts + t.tile_m - 1) // t.tile_m
+    items = mosaic.deal(
+        jnp.sum(tiles),
+        -(-n // t.tile_n),
+        max_rows=groups * most,
+        width=t.width,
+        ctas=ctas - ctas % t.cluster,
+        group=t.group,
+    )
+    group = group_of_tiles(tiles, groups * most, 1)[items.row]
+    row = items.row - exclusive_cumsum(tiles)[group]
+    filled = jnp.clip(counts[group] - row * t.tile_m, 0, t.tile_m)
+    table = mosaic.table(row, items.column, group, filled)
+    return _multiply(x, w, table, items.counts, out_dtype, t)
+
+
+def _with_group_axis(x):
+    x = x.with_scales_by_column()
+    return QuantizedArray(x.values[None], x.stored_scales[None], x.tile, scales_by_column=True)
+
+
+def _multiply(x, w, table, counts, out_dtype, t):
+    """Runs the matmul kernel on items; `[x's groups, m, n]`."""
+    from whalejax.kernels.fp8_gemm.hopper_kernel import Problem, build
+
+    (x_groups, m, k), (groups, n, _) = x.shape, w.shape
+    p = Problem(x_groups=x_groups, groups=groups, m=m, n=n, k=k, out_dtype=out_dtype, masked=True)
+    x = x.with_scales_by_column()
+    return build(p, t, table.shape[0])(
+        x.values, x.stored_scales, w.values, aligned_rows(w.scales), table, jnp.asarray(counts)
+    )
+
+
+def fp8_grouped_matmul_wgrad(
+    x_t: QuantizedArray,
+    dy_t: QuantizedArray,
+    group_sizes: jax.Array,
+    tuning: WgradTuning | None = None,
+) -> jax.Array:
+    """The weight gradient of each group; see `grouped_gemm.fp8.fp8_grouped_matmul_wgrad`."""
+    t = tuning or WgradTuning()
+    n, k, groups = dy_t.shape[0], x_t.shape[0], group_sizes.shape[0]
+    rows, columns = -(-n // t.tile_m), -(-k // t.tile_n)
+    # a group's tiles stand together: all of them read the same tokens
+    items = mosaic.deal(
+        groups * rows,
+        columns,
+        max_rows=groups * rows,
+        width=t.width,
+        ctas=mosaic.num_sms(),
+        group=(1, 1),
+    )
+    group = items.row // rows
+    blocks = aligned(group_sizes, ALIGNMENT) // BLOCK_K
+    table = mosaic.table(
+        items.row % rows, items.column, group, exclusive_cumsum(blocks)[group], blocks[group]
+    )
+    return wgrad(x_t, dy_t, None, groups, table, items.counts, t)
