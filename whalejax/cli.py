@@ -1,8 +1,10 @@
-"""The command line: `whalejax demo | train | generate | info`."""
+"""The command line: `whalejax demo | train | generate | bench | info`."""
 
 import contextlib
 import dataclasses
+import importlib
 import io
+import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -44,6 +46,18 @@ def generate_command(args: Sequence[str]) -> None:
     generate(parse(GenerateConfig, "generate", args))
 
 
+def bench_command(args: Sequence[str]) -> None:
+    """Time kernels beside their peers; a name first: attention, gemm."""
+    from whalejax import bench
+
+    names = sorted(module.name for module in pkgutil.iter_modules(bench.__path__))
+    names = [name for name in names if name not in bench.SHARED]
+    if not args or args[0] not in names:
+        given = repr(args[0]) if args else "no name"
+        raise ValueError(f"{given} is no benchmark; there are {', '.join(names)}")
+    importlib.import_module(f"whalejax.bench.{args[0]}").main(args[1:])
+
+
 def info_command(args: Sequence[str]) -> None:
     """Show versions, devices, and which kernel backends can run here."""
     from whalejax.info import info
@@ -60,6 +74,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo_command,
     "train": train_command,
     "generate": generate_command,
+    "bench": bench_command,
     "info": info_command,
 }
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import pkgutil
 import platform
 from collections.abc import Iterator
@@ -38,9 +39,10 @@ def backends() -> Iterator[tuple[str, str, str | None]]:
     for module in pkgutil.iter_modules(kernels.__path__):
         if not module.ispkg:
             continue
-        try:
-            api = importlib.import_module(f"whalejax.kernels.{module.name}.api")
-        except ModuleNotFoundError:
-            continue
-        for backend, path in getattr(api, "BACKENDS", {}).items():
-            yield module.name, backend, unusable(path)
+        for doors in ("api", "fp8"):
+            name = f"whalejax.kernels.{module.name}.{doors}"
+            if importlib.util.find_spec(name) is None:
+                continue
+            for backend, path in getattr(importlib.import_module(name), "BACKENDS", {}).items():
+                op = module.name if doors == "api" else f"{module.name} ({doors})"
+                yield op, backend, unusable(path)

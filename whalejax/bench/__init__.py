@@ -1,1 +1,3 @@
-"""Benchmarks: a module per area, run as `python -m whalejax.bench.<area>`."""
+"""Benchmarks: one module an area; `SHARED` names those that benchmarks are made of."""
+
+SHARED = ("peers", "timing")

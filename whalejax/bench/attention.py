@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -142,12 +142,12 @@ def rows(case: Case, repeats: int) -> Iterator[dict[str, Any]]:
             }
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Prints one JSON line per row."""
     parser = argparse.ArgumentParser(prog="python -m whalejax.bench.attention", description=__doc__)
     parser.add_argument("--small", action="store_true", help="sizes for a CPU")
     parser.add_argument("--repeats", type=int, default=7, help=f"timings of {CALLS} calls each")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(args)
     if arguments.repeats < 1:
         parser.error(f"--repeats={arguments.repeats} must be at least 1")
     context = {

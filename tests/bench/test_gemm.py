@@ -1,0 +1,56 @@
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from whalejax.bench import gemm, timing
+from whalejax.kernels.fp8_gemm.cases import Case
+
+
+def rows_of(capsys):
+    lines = capsys.readouterr().out.splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")], lines
+
+
+def test_prints_a_row_of_each_and_a_table_last(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gemm, "SMALL", (Case(m=8, n=24, k=48),))
+    monkeypatch.setattr(gemm, "measure", lambda found, **_: timing.measure(found, calls=1))
+    out = tmp_path / "rows.jsonl"
+    gemm.main(["--sections", "dense", "wgrad", "masked", "--rounds", "1", "--out", str(out)])
+    rows, lines = rows_of(capsys)
+    assert [row["op"] for row in rows] == ["dense", "wgrad", "wgrad", "masked"]
+    for row in rows:
+        assert row["burst_us"] > 0 and row["sustained_us"] > 0
+        assert {"timer", "device", "versions", "command", "burst_tflops"} <= row.keys()
+    # XLA's float32 product rounded to bfloat16: 2^-9 a number, and less in the norm of a row
+    assert 0 < rows[0]["worst_row_error"] < 2**-8
+    assert lines[-1].startswith("masked") and lines[-1].endswith("TFLOP/s")
+    assert out.read_text().splitlines() == [line for line in lines if line.startswith("{")]
+
+
+def test_refuses_to_tune_without_a_gpu(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gemm.main(["--tune"])
+    assert "it needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_worst_row_sees_one_wrong_row():
+    wanted = jnp.ones((4, 8)).at[3].set(0)
+    assert gemm.worst_row(wanted, wanted) == 0
+    assert gemm.worst_row(wanted.at[2, 0].set(0), wanted) == pytest.approx(8**-0.5)
+
+
+def test_candidates_take_turns_with_all_their_arguments():
+    seen = []
+
+    def candidate(name):
+        return timing.Candidate(
+            name, lambda i: seen.append((name, i)), [(0,), (1,)], lambda _: None
+        )
+
+    times = timing.measure([candidate("a"), candidate("b")], rounds=2, calls=3)
+    turn = [0, 1, 0, 1]  # one call that is not counted, and three
+    assert seen == [(name, i) for _ in range(4) for name in "ab" for i in turn]
+    for measured in times.values():
+        assert len(measured.burst_us) == 6
+        assert measured.row()["burst_us"] > 0 and measured.row()["burst_ghz"] is None

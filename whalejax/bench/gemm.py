@@ -1,0 +1,347 @@
+"""Times the FP8 matmuls and quantisers, beside their peers, all with one clock.
+
+`python -m whalejax.bench.gemm` prints one JSON line per row and a short table last. Sections:
+ceilings (copy bandwidth, cuBLAS in bf16), dense, wgrad, contiguous, masked, kgrouped, quantise.
+`--tune` measures the tunings of every dense case and stores the best in the user's table, which the
+kernels read before they ask the cost model. Peers (`whalejax.bench.peers`) appear where they are
+installed.
+"""
+
+import argparse
+import functools
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from whalejax.bench import peers
+from whalejax.bench.timing import Candidate, Times, measure, rotate, timer
+from whalejax.kernels import fp8_gemm, grouped_gemm, quantization
+from whalejax.kernels.fp8_gemm import cases as dense_cases
+from whalejax.kernels.fp8_gemm import reference as dense_reference
+from whalejax.kernels.fp8_gemm.tuning import USER_TABLE, Tuning, candidates, cost_us, explored
+from whalejax.kernels.grouped_gemm import cases as grouped_cases
+from whalejax.kernels.grouped_gemm import fp8_reference as grouped_reference
+
+SMALL = (dense_cases.Case(m=64, n=256, k=512), dense_cases.Case(m=256, n=384, k=256))  # on a CPU
+TUNED_CANDIDATES = 8  # by the cost model, of each shape
+COPY_ELEMENTS = 2**29  # bfloat16: 1 GiB
+QUANTISED = (8192, 7168)  # tokens and hidden size of DeepSeek-V3
+
+
+class Bench:
+    """Collects rows: prints each as JSON, and all of them as a table at the end."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.rows: list[dict[str, Any]] = []
+        self.context = {
+            "timer": timer(),
+            "device": jax.devices()[0].device_kind,
+            "versions": {"jax": jax.__version__, "python": platform.python_version()},
+            "command": " ".join(["python -m whalejax.bench.gemm", *sys.argv[1:]]),
+        }
+
+    def time(
+        self,
+        op: str,
+        case: str,
+        found: list[Candidate],
+        *,
+        flops: float = 0,
+        moved: float = 0,
+        errors: dict[str, float] | None = None,
+    ) -> dict[str, Times]:
+        """Times candidates in turn and keeps a row of each."""
+        times = measure(found, rounds=self.arguments.rounds, sustained_s=self.arguments.sustained)
+        for name, measured in times.items():
+            row = {"op": op, "case": case, "implementation": name} | measured.row()
+            for kind in ("burst", "sustained"):
+                us = row[f"{kind}_us"]
+                row[f"{kind}_tflops"] = round(flops / us / 1e6, 1) if flops else None
+                row[f"{kind}_gbs"] = round(moved / us / 1e3) if moved else None
+            if errors and name in errors:
+                row["worst_row_error"] = float(f"{errors[name]:.3g}")
+            self.rows.append(row)
+            print(json.dumps(row | self.context), flush=True)
+        return times
+
+    def table(self) -> None:
+        """Prints the rows, burst and sustained."""
+        for row in self.rows:
+            unit = "gbs" if row["burst_tflops"] is None else "tflops"
+            figures = [row[f"{kind}_{unit}"] for kind in KINDS]
+            unit = {"gbs": "GB/s", "tflops": "TFLOP/s"}[unit]
+            print(
+                f"{row['op']:<11}{row['case']:<30}{row['implementation']:<20}"
+                f"{row['burst_us']:>9.1f} us {figures[0]:>7} {figures[1]:>7} {unit}"
+            )
+
+
+KINDS = ("burst", "sustained")
+
+
+def compiled(f: Callable, *arguments: Any) -> Callable:
+    """`jit(f)`, compiled for these arguments."""
+    return jax.jit(f).lower(*arguments).compile()
+
+
+def worst_row(actual: jax.Array, wanted: jax.Array) -> float:
+    """Largest relative error of a row, computed where the arrays are; of rows that are not zero."""
+    wanted = wanted.astype(jnp.float32)
+    size = jnp.linalg.norm(wanted, axis=-1)
+    error = jnp.linalg.norm(actual.astype(jnp.float32) - wanted, axis=-1)
+    return float(jnp.max(jnp.where(size > 0, error / size, 0)))
+
+
+def ours(f: Callable, sets: list[tuple], name: str = "whalejax") -> Candidate:
+    """A candidate of a function of ours."""
+    return Candidate(name, compiled(f, *sets[0]), sets)
+
+
+def ceilings(bench: Bench) -> None:
+    """What the card can do: moving bytes, and multiplying in bf16."""
+    on_gpu = jax.default_backend() == "gpu"
+    x = jax.random.normal(jax.random.key(0), (COPY_ELEMENTS if on_gpu else 2**20,), jnp.bfloat16)
+    copy = ours(lambda x: x + jnp.asarray(1, x.dtype), [(x,)], "copy")
+    bench.time("ceiling", f"{x.nbytes / 2**20:.0f} MiB", [copy], moved=2 * x.nbytes)
+    size = 8192 if on_gpu else 512
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in (1, 2))
+    matmul = ours(lambda a, b: a @ b.T, [(a, b)], "xla bf16")
+    bench.time("ceiling", f"{size}x{size}x{size}", [matmul], flops=2 * size**3)
+
+
+def dense(bench: Bench, cases: tuple) -> None:
+    """`fp8_matmul` beside cuBLASLt and DeepGEMM."""
+    for case in cases:
+        x, w = dense_inputs(case)
+        sets = rotate((x, w))
+        found = [ours(fp8_gemm.fp8_matmul, sets)]
+        if jax.default_backend() == "gpu":
+            found += peers.dense(sets) + peers.bf16(case.m, case.n, case.k)
+        wanted = jax.jit(lambda x, w: dense_reference.fp8_matmul(x, w, jnp.float32))(x, w)
+        error = worst_row(found[0].call(x, w), wanted)
+        moved = case.m * case.k + case.n * case.k + 2 * case.m * case.n
+        bench.time(
+            "dense",
+            f"{case.m}x{case.n}x{case.k}",
+            found,
+            flops=case.flops,
+            moved=moved,
+            errors={"whalejax": error},
+        )
+
+
+def dense_inputs(case: dense_cases.Case) -> tuple:
+    """Random quantised operands of a case."""
+    keys = jax.random.split(jax.random.key(case.m + case.n + case.k))
+
+    def make(keys):
+        x = jax.random.normal(keys[0], (case.m, case.k), jnp.bfloat16)
+        w = jax.random.normal(keys[1], (case.n, case.k), jnp.bfloat16)
+        return quantization.quantize(x), quantization.quantize(w, (128, 128))
+
+    return jax.jit(make)(keys)
+
+
+def wgrad(bench: Bench, cases: tuple) -> None:
+    """`fp8_matmul_wgrad`, and our forward pass of as many operations."""
+    for case in cases:
+        x, dy, _ = dense_cases.draw_wgrad(case, jax.random.key(case.m))
+        x_t, dy_t = quantization.quantize_transposed(x), quantization.quantize_transposed(dy)
+        sets = rotate((x_t, dy_t))
+        found = ours(fp8_gemm.fp8_matmul_wgrad, sets)
+        wanted = jax.jit(lambda x, d: dense_reference.fp8_matmul_wgrad(x, d, None))(x_t, dy_t)
+        forward = dense_inputs(dense_cases.Case(m=case.n, n=case.k, k=case.m))
+        bench.time(
+            "wgrad",
+            str(case),
+            [found, ours(fp8_gemm.fp8_matmul, rotate(forward), "whalejax forward")],
+            flops=case.flops,
+            errors={"whalejax": worst_row(found.call(x_t, dy_t), wanted)},
+        )
+
+
+def contiguous(bench: Bench, cases: tuple) -> None:
+    """`fp8_grouped_matmul` beside DeepGEMM."""
+    for case in cases:
+        sizes = jnp.asarray(case.sizes, jnp.int32)
+        rows = int(sum(-(-size // 128) * 128 for size in case.sizes))
+        x, w = grouped_inputs((rows, case.k), (len(case.sizes), case.n, case.k))
+        sets = rotate((x, w, sizes))
+        found = [ours(fp8_grouped, sets), *_on_gpu(peers.contiguous, sets, sizes)]
+        wanted = jax.jit(
+            lambda x, w, s: grouped_reference.fp8_grouped_matmul(x, w, s, jnp.float32)
+        )(x, w, sizes)
+        bench.time(
+            "contiguous",
+            f"{len(case.sizes)} groups {rows}x{case.n}x{case.k}",
+            found,
+            flops=2 * sum(case.sizes) * case.n * case.k,
+            errors={"whalejax": worst_row(found[0].call(x, w, sizes), wanted)},
+        )
+
+
+def fp8_grouped(x, w, sizes):
+    """`fp8_grouped_matmul` with its defaults."""
+    return grouped_gemm.fp8_grouped_matmul(x, w, sizes)
+
+
+def masked(bench: Bench, cases: tuple) -> None:
+    """`fp8_masked_matmul` beside DeepGEMM."""
+    for case in cases:
+        counts = jnp.asarray(case.counts, jnp.int32)
+        groups = len(case.counts)
+        x, w = grouped_inputs((groups, case.max_m, case.k), (groups, case.n, case.k))
+        sets = rotate((x, w, counts))
+        found = [
+            ours(lambda x, w, c: grouped_gemm.fp8_masked_matmul(x, w, c), sets),
+            *_on_gpu(peers.masked, sets, counts),
+        ]
+        bench.time(
+            "masked",
+            f"{groups} of ~{int(np.mean(case.counts))} {case.n}x{case.k}",
+            found,
+            flops=2 * sum(case.counts) * case.n * case.k,
+        )
+
+
+def kgrouped(bench: Bench, cases: tuple) -> None:
+    """`fp8_grouped_matmul_wgrad`."""
+    for case in cases:
+        sizes = jnp.asarray(case.sizes, jnp.int32)
+        rows = int(sum(-(-size // 128) * 128 for size in case.sizes))
+        keys = jax.random.split(jax.random.key(rows))
+        operands = tuple(
+            quantization.quantize_transposed(
+                jax.random.normal(key, (rows, width), jnp.bfloat16), group_sizes=sizes
+            )
+            for key, width in zip(keys, (case.k, case.n), strict=True)
+        )
+        bench.time(
+            "kgrouped",
+            f"{len(case.sizes)} groups {rows}x{case.n}x{case.k}",
+            [ours(grouped_gemm.fp8_grouped_matmul_wgrad, rotate((*operands, sizes)))],
+            flops=2 * sum(case.sizes) * case.n * case.k,
+        )
+
+
+def _on_gpu(find, *arguments):
+    return find(*arguments) if jax.default_backend() == "gpu" else []
+
+
+def grouped_inputs(x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> tuple:
+    """Random quantised activations and stacked weights."""
+    keys = jax.random.split(jax.random.key(sum(x_shape)))
+    x = quantization.quantize(jax.random.normal(keys[0], x_shape, jnp.bfloat16))
+    w = quantization.quantize(jax.random.normal(keys[1], w_shape, jnp.bfloat16), (128, 128))
+    return x, w
+
+
+def quantise(bench: Bench) -> None:
+    """The quantisers, in bytes read and written."""
+    m, k = QUANTISED if jax.default_backend() == "gpu" else (256, 512)
+    x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
+    d_hidden = jax.random.normal(jax.random.key(1), (m, k // 2), jnp.bfloat16)
+    sets, size = rotate((x,)), m * k
+    for name, f, arguments, moved in (
+        ("1x128", quantization.quantize, sets, 3 * size),
+        ("transposed", quantization.quantize_transposed, sets, 3 * size),
+        ("both", quantization.quantize_both, sets, 4 * size),
+        ("128x128", lambda x: quantization.quantize(x, (128, 128)), sets, 3 * size),
+        ("swiglu", quantization.swiglu_quantize, sets, 2.5 * size),
+        ("swiglu gradient", quantization.swiglu_gradient, rotate((x, d_hidden)), 5 * size),
+    ):
+        bench.time("quantise", f"{m}x{k}", [ours(f, arguments, name)], moved=moved)
+
+
+def tuned_matmul(x, w, tuning):
+    """The matmul kernel with a tuning."""
+    from whalejax.kernels.fp8_gemm import hopper
+
+    return hopper.fp8_matmul(x, w, jnp.bfloat16, tuning)
+
+
+def tune(bench: Bench, cases: tuple) -> None:
+    """Measures the tunings that the cost model likes best, and stores the fastest of each case."""
+    from whalejax.kernels import mosaic
+
+    found: dict[str, Any] = json.loads(USER_TABLE.read_text()) if USER_TABLE.is_file() else {}
+    device = found.setdefault(jax.devices()[0].device_kind, {})
+    for case in cases:
+        x, w = dense_inputs(case)
+        sets, ctas = rotate((x, w)), mosaic.num_sms()
+        likely = sorted(
+            candidates(case.m, case.n, 2),
+            key=lambda t, case=case: cost_us(t, case.m, case.n, case.k, ctas),
+        )[:TUNED_CANDIDATES] + explored(case.m, case.n, 2)
+        tunings = {str(i): t for i, t in enumerate(likely)}
+        named = [
+            ours(functools.partial(tuned_matmul, tuning=t), sets, name)
+            for name, t in tunings.items()
+        ]
+        times = bench.time("tune", f"{case.m}x{case.n}x{case.k}", named, flops=case.flops)
+        best: Tuning = tunings[min(times, key=lambda name: times[name].row()["burst_us"])]
+        device[f"{case.m}x{case.n}x{case.k}x2"] = vars(best)
+    USER_TABLE.parent.mkdir(parents=True, exist_ok=True)
+    USER_TABLE.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"# tunings written to {USER_TABLE}", flush=True)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the sections that were asked for."""
+    parser = argparse.ArgumentParser(prog="python -m whalejax.bench.gemm", description=__doc__)
+    sections = ("ceilings", "dense", "wgrad", "contiguous", "masked", "kgrouped", "quantise")
+    parser.add_argument("--sections", nargs="+", choices=sections, default=sections)
+    parser.add_argument("--tune", action="store_true", help="measure and store tunings instead")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every implementation")
+    parser.add_argument("--sustained", type=float, default=0.2, help="seconds of a turn under load")
+    parser.add_argument("--out", type=Path, help="a file for the rows, as JSON lines")
+    arguments = parser.parse_args(args)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds={arguments.rounds} must be at least 1")
+    on_gpu = jax.default_backend() == "gpu"
+    if arguments.tune and not on_gpu:
+        parser.error("--tune measures kernels: it needs a CUDA GPU")
+    bench = Bench(arguments)
+    dense_all = dense_cases.BENCHMARK_CASES if on_gpu else SMALL
+    runs: dict[str, Callable[[], None]] = {
+        "ceilings": lambda: ceilings(bench),
+        "dense": lambda: dense(bench, dense_all),
+        "wgrad": lambda: wgrad(
+            bench,
+            dense_cases.WGRAD_BENCHMARK_CASES if on_gpu else dense_cases.WGRAD_CASES[2:3],
+        ),
+        "contiguous": lambda: contiguous(
+            bench,
+            grouped_cases.BENCHMARK_CASES if on_gpu else grouped_cases.CASES[:1],
+        ),
+        "masked": lambda: masked(
+            bench,
+            grouped_cases.MASKED_BENCHMARK_CASES if on_gpu else grouped_cases.MASKED_CASES[:1],
+        ),
+        "kgrouped": lambda: kgrouped(
+            bench,
+            grouped_cases.WGRAD_BENCHMARK_CASES if on_gpu else grouped_cases.CASES[:1],
+        ),
+        "quantise": lambda: quantise(bench),
+    }
+    if arguments.tune:
+        tune(bench, dense_all)
+    else:
+        for section in arguments.sections:
+            runs[section]()
+    if arguments.out:
+        lines = (json.dumps(row | bench.context) + "\n" for row in bench.rows)
+        arguments.out.write_text("".join(lines))
+    bench.table()
+
+
+if __name__ == "__main__":
+    main()

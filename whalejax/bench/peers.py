@@ -1,0 +1,164 @@
+"""Peers of the FP8 matmuls on a GPU: PyTorch's cuBLASLt, and DeepGEMM, where they are installed.
+
+They read the very arrays that our kernels read, through DLPack, and are timed by the same clock.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from whalejax.bench.timing import Candidate
+from whalejax.kernels.quantization import QuantizedArray
+
+
+def available() -> list[str]:
+    """Names of the peers that are installed."""
+    modules = {"torch": "torch", "deepgemm": "deep_gemm"}
+    return [name for name, module in modules.items() if importlib.util.find_spec(module)]
+
+
+def to_torch(x: jax.Array) -> Any:
+    """The same memory as a torch tensor; FP8 travels as bytes, which DLPack knows."""
+    import torch
+
+    if x.dtype == jnp.float8_e4m3fn:
+        raw = jax.lax.bitcast_convert_type(x, jnp.uint8)
+        return torch.from_dlpack(raw).view(torch.float8_e4m3fn)
+    return torch.from_dlpack(x)
+
+
+def _wait(_):
+    import torch
+
+    torch.cuda.synchronize()
+
+
+def _candidate(name: str, call: Callable, sets: list[tuple]) -> Candidate | None:
+    """A candidate that ran once, or None (and why, printed) if the peer refuses the arguments."""
+    try:
+        call(*sets[0])
+        _wait(None)
+    except Exception as error:
+        print(f"# {name}: {str(error).splitlines()[0][:150]}")
+        return None
+    return Candidate(name, call, sets, _wait)
+
+
+def dense(sets: list[tuple[QuantizedArray, QuantizedArray]]) -> list[Candidate]:
+    """Peers of `fp8_matmul` on these argument sets: those that are installed and accept them."""
+    if "torch" not in available():
+        return []
+    import torch
+
+    one = torch.ones((), device="cuda")
+    per_tensor, blocks, grouped = [], [], []
+    for x, w in sets:
+        a, b = to_torch(x.values), to_torch(w.values)
+        # both peers want strides (1, M)
+        tight = to_torch(x.stored_scales)[:, : a.shape[0]].contiguous().t()
+        w_scales = to_torch(w.scales)
+        out = torch.empty(a.shape[0], b.shape[0], dtype=torch.bfloat16, device="cuda")
+        per_tensor.append((a, b, out))
+        blocks.append((a, b, tight, w_scales.t(), out))
+        grouped.append((a, b, tight, w_scales, out))
+
+    def tensor(a, b, out):
+        return torch._scaled_mm(
+            a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True, out=out
+        )
+
+    def block(a, b, a_scales, b_scales, out):
+        return torch._scaled_mm(a, b.t(), a_scales, b_scales, out_dtype=torch.bfloat16, out=out)
+
+    found = [
+        _candidate("cublaslt per tensor", tensor, per_tensor),
+        _candidate("cublaslt blocks", block, blocks),
+    ]
+    if "deepgemm" in available():
+        import deep_gemm
+
+        def deepgemm(a, b, a_scales, b_scales, out):
+            deep_gemm.fp8_gemm_nt((a, a_scales), (b, b_scales), out, disable_ue8m0_cast=True)
+            return out
+
+        found.append(_candidate("deepgemm", deepgemm, grouped))
+    return [c for c in found if c is not None]
+
+
+def bf16(m: int, n: int, k: int) -> list[Candidate]:
+    """cuBLAS in bf16 through torch, on random data."""
+    if "torch" not in available():
+        return []
+    import torch
+
+    size = 2 * (m * k + n * k)
+    copies = max(2, -(-120_000_000 // size))
+    sets = [
+        (
+            torch.randn(m, k, dtype=torch.bfloat16, device="cuda"),
+            torch.randn(n, k, dtype=torch.bfloat16, device="cuda"),
+        )
+        for _ in range(copies)
+    ]
+    found = _candidate("cublas bf16", lambda a, b: torch.mm(a, b.t()), sets)
+    return [] if found is None else [found]
+
+
+def contiguous(sets: list[tuple], group_sizes: jax.Array) -> list[Candidate]:
+    """DeepGEMM's peer of `fp8_grouped_matmul`, if it is installed."""
+    if "deepgemm" not in available():
+        return []
+    import deep_gemm
+    import torch
+
+    layout = []
+    for g, size in enumerate(map(int, group_sizes)):
+        padded = -(-size // 128) * 128
+        layout += [g] * size + [-1] * (padded - size)
+    rows = sets[0][0].shape[0]
+    layout += [-1] * (rows - len(layout))
+    layout = torch.tensor(layout, dtype=torch.int32, device="cuda")
+    arguments = []
+    for x, w, *_ in sets:
+        a, b = to_torch(x.values), to_torch(w.values)
+        scales = to_torch(x.stored_scales)[:, : a.shape[0]].t()
+        out = torch.empty(a.shape[0], b.shape[1], dtype=torch.bfloat16, device="cuda")
+        arguments.append((a, scales, b, to_torch(w.scales), out))
+
+    def call(a, a_scales, b, b_scales, out):
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
+            (a, a_scales), (b, b_scales), out, layout, disable_ue8m0_cast=True
+        )
+        return out
+
+    found = _candidate("deepgemm", call, arguments)
+    return [] if found is None else [found]
+
+
+def masked(sets: list[tuple], counts: jax.Array) -> list[Candidate]:
+    """DeepGEMM's peer of `fp8_masked_matmul`, if it is installed."""
+    if "deepgemm" not in available():
+        return []
+    import deep_gemm
+    import torch
+
+    mask = to_torch(counts)
+    expected = int(jnp.mean(counts))
+    arguments = []
+    for x, w, *_ in sets:
+        a, b = to_torch(x.values), to_torch(w.values)
+        scales = to_torch(x.stored_scales)[..., : a.shape[1]].transpose(1, 2)
+        out = torch.empty(*a.shape[:2], b.shape[1], dtype=torch.bfloat16, device="cuda")
+        arguments.append((a, scales, b, to_torch(w.scales), out))
+
+    def call(a, a_scales, b, b_scales, out):
+        deep_gemm.m_grouped_fp8_gemm_nt_masked(
+            (a, a_scales), (b, b_scales), out, mask, expected, disable_ue8m0_cast=True
+        )
+        return out
+
+    found = _candidate("deepgemm", call, arguments)
+    return [] if found is None else [found]
