@@ -1,19 +1,19 @@
 """Trains a preset on random or real tokens with `jit` over a mesh, on the public API alone.
 
-python examples/train.py --preset small --steps 30 --batch-size 16 --length 4096 --dtype bf16
+python examples/train.py --preset small --steps 30 --batch-size 16 --length 4096 --precision bf16
 """
 
 import argparse
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from whalejax.data.corpus import standard_library
 from whalejax.data.loader import batch_at
 from whalejax.data.tokens import join
 from whalejax.model.decoder import Execution
+from whalejax.model.linear import PRECISIONS
 from whalejax.model.sharding import batch_sharding
 from whalejax.parallel.mesh import MeshConfig, make_mesh
 from whalejax.presets import PRESETS
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="f32")
     parser.add_argument("--rematerialise", default="none")
     parser.add_argument("--data-parallel", type=int, default=1)
     args = parser.parse_args()
@@ -42,7 +42,7 @@ def main() -> None:
         accumulate=args.accumulate,
         optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=args.steps // 4),
         execution=Execution(
-            dtype={"f32": jnp.float32, "bf16": jnp.bfloat16}[args.dtype],
+            precision=PRECISIONS[args.precision],
             rematerialise=args.rematerialise,
             mesh=mesh if mesh.size > 1 else None,
         ),

@@ -9,6 +9,7 @@ from flax import nnx
 
 from whalejax.model.config import ModelConfig
 from whalejax.model.decoder import REMATERIALISATION, Decoder, Execution, forward, logits
+from whalejax.model.linear import PRECISIONS
 from whalejax.model.mtp import predict_further
 
 
@@ -84,7 +85,7 @@ def test_mtp_needs_its_modules(v3_config):
 def test_bfloat16_activations_stay_near_float32(model):
     x = tokens(model.config)
     exact = np.asarray(logits(model, run(model, x).hidden))
-    rough = run(model, x, execution=Execution(dtype=jnp.bfloat16))
+    rough = run(model, x, execution=Execution(precision=PRECISIONS["bf16"]))
     assert rough.hidden.dtype == jnp.bfloat16
     got = np.asarray(logits(model, rough.hidden))
     assert 0 < np.median(np.abs(got - exact)) < 0.05 * exact.std()

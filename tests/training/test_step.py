@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from whalejax.model.decoder import Execution
+from whalejax.model.linear import PRECISIONS
 from whalejax.model.sharding import path_name
 from whalejax.parallel.mesh import MeshConfig, make_mesh
 from whalejax.training.optimizer import OptimizerConfig
@@ -130,7 +131,7 @@ def test_heldout_loss_is_the_main_loss(micro):
 
 
 def test_bfloat16_computes_on_float32_weights(micro):
-    config = dataclasses.replace(CONFIG, execution=Execution(dtype=jnp.bfloat16))
+    config = dataclasses.replace(CONFIG, execution=Execution(precision=PRECISIONS["bf16"]))
     mesh = one_device()
     state = init_state(micro, config, mesh, 0)
     state, metrics = compile_step(micro, config, mesh)(state, batch(0))

@@ -14,7 +14,8 @@ from flax import nnx
 from whalejax.generation.cache import CacheConfig, PageAllocator, make_pages
 from whalejax.generation.sampling import SamplingConfig, request_keys, sample
 from whalejax.kernels.mla import append
-from whalejax.model.decoder import Decoder, decode, forward, logits
+from whalejax.model.decoder import Decoder, Execution, decode, forward, logits
+from whalejax.model.linear import Precision
 
 
 class Completion(NamedTuple):
@@ -44,17 +45,27 @@ class Engine:
       model: its parameters stay where they are.
       config: sizes of the cache; `max_length` is cut to the model's context before any page is
         made.
+      precision: of the computation; that of the parameters by default.
     """
 
-    def __init__(self, model: Decoder, config: CacheConfig = CacheConfig()):
+    def __init__(
+        self,
+        model: Decoder,
+        config: CacheConfig = CacheConfig(),
+        *,
+        precision: Precision = Precision(),
+    ):
         context = min(config.max_length, model.config.max_position_embeddings)
         config = dataclasses.replace(config, max_length=context)
         self.config, self.model_config = config, model.config
         self._streaming = False
         self._graphdef, self._state = nnx.split(model)
-        self._prefill = jax.jit(functools.partial(_prefill, self._graphdef), donate_argnums=1)
-        self._decode = jax.jit(functools.partial(_decode, self._graphdef), donate_argnums=1)
-        dtype = jax.eval_shape(lambda: forward(model, jnp.zeros((1, 1), jnp.int32))).hidden.dtype
+        execution = Execution(precision=precision)
+        fixed = (self._graphdef, execution)
+        self._prefill = jax.jit(functools.partial(_prefill, *fixed), donate_argnums=1)
+        self._decode = jax.jit(functools.partial(_decode, *fixed), donate_argnums=1)
+        token = jnp.zeros((1, 1), jnp.int32)
+        dtype = jax.eval_shape(lambda: forward(model, token, execution)).hidden.dtype
         self._pages = make_pages(model.config, config, dtype)
 
     def generate(
@@ -224,10 +235,10 @@ class _Slots:
         )
 
 
-def _prefill(graphdef, state, pages, tokens, page_table, lengths, requests, *sampling):
+def _prefill(graphdef, execution, state, pages, tokens, page_table, lengths, requests, *sampling):
     """The token after each prompt, and the pages with the prompts' latents."""
     model = nnx.merge(graphdef, state)
-    out = forward(model, tokens)
+    out = forward(model, tokens, execution)
     place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(place < lengths[:, None], place, -1)
 
@@ -239,10 +250,10 @@ def _prefill(graphdef, state, pages, tokens, page_table, lengths, requests, *sam
     return _choose(model, last, lengths, requests, sampling), pages
 
 
-def _decode(graphdef, state, pages, tokens, page_table, lengths, requests, *sampling):
+def _decode(graphdef, execution, state, pages, tokens, page_table, lengths, requests, *sampling):
     """The next token of every slot, and the pages with the last tokens' latents."""
     model = nnx.merge(graphdef, state)
-    hidden, pages = decode(model, tokens, pages, page_table, lengths)
+    hidden, pages = decode(model, tokens, pages, page_table, lengths, execution)
     return _choose(model, hidden[:, -1], lengths, requests, sampling), pages
 
 

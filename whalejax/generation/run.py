@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from whalejax.generation.cache import CacheConfig
 from whalejax.generation.engine import Engine, NewToken
 from whalejax.generation.sampling import SamplingConfig
+from whalejax.model.linear import PRECISIONS, Precision
 from whalejax.tokenizer import ByteTokenizer, Tokenizer, load
 from whalejax.weights import check_pretrained, from_pretrained
 
@@ -28,7 +27,8 @@ class GenerateConfig:
       temperature: 0 takes the likeliest token each time.
       top_p: draw from the likeliest tokens of this total probability.
       seed: of the draws.
-      dtype: of the weights; None for as stored.
+      precision: f32 and bf16 convert the weights; fp8 multiplies in FP8 and takes weights, FP8 or
+        not, as they are stored; None for all as stored.
     """
 
     model: Path = Path("runs/demo/model")
@@ -39,7 +39,7 @@ class GenerateConfig:
     temperature: float = 0.7
     top_p: float = 0.95
     seed: int = 0
-    dtype: Literal["f32", "bf16"] | None = None
+    precision: Literal["f32", "bf16", "fp8"] | None = None
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -70,10 +70,11 @@ def generate(config: GenerateConfig) -> None:
     if config.chat:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
     tokens = tokenizer.encode(prompt)
-    dtypes = {None: None, "f32": np.dtype("float32"), "bf16": "bfloat16"}
-    model = from_pretrained(config.model, dtype=dtypes[config.dtype])
+    precision = PRECISIONS.get(config.precision, Precision())
+    model = from_pretrained(config.model, dtype=None if precision.fp8 else precision.dtype)
     length = len(tokens) + config.max_new_tokens
-    engine = Engine(model, CacheConfig(num_slots=1, max_length=length))
+    cache = CacheConfig(num_slots=1, max_length=length)
+    engine = Engine(model, cache, precision=precision)
     steps = engine.stream(
         [tokens],
         sampling=sampling,

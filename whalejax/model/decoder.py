@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from whalejax.model.config import ModelConfig
+from whalejax.model.linear import Precision
 from whalejax.model.mla import MLA, PagedCache, attend_absorbed, attend_expanded
 from whalejax.model.moe import MLP, MoE, MoEStats, mlp, moe
 from whalejax.model.parameters import Initializer, read, rms_norm
@@ -27,14 +28,14 @@ class Execution:
     """How the forward pass runs; it does not change what is computed.
 
     Attributes:
-      dtype: of the activations and so of the computation; None for that of the parameters.
+      precision: of the activations, and whether matmuls run in FP8.
       rematerialise: what the backward pass computes again: `"none"`, `"full"` (all but each
         layer's input), or `"dots"` (all but the matmuls of weights).
       attention: implementation of `kernels.attention`, None for the best.
       mesh: devices over which the batch is sharded.
     """
 
-    dtype: Any = None
+    precision: Precision = Precision()
     rematerialise: str = "none"
     attention: str | None = None
     mesh: Mesh | None = None
@@ -129,13 +130,13 @@ def logits(model: Decoder, hidden: jax.Array) -> jax.Array:
 
 
 def feed_forward(
-    p: DecoderLayer, x: jax.Array, config: ModelConfig, mesh: Mesh | None
+    p: DecoderLayer, x: jax.Array, config: ModelConfig, execution: Execution
 ) -> tuple[jax.Array, MoEStats | None]:
     """The second half of a layer with its residual, and the statistics of a MoE layer."""
     normed = rms_norm(x, p.post_attention_layernorm, config.rms_norm_eps)
     if isinstance(p.mlp, MLP):
-        return x + mlp(p.mlp, normed), None
-    out, stats = moe(p.mlp, normed, config.moe, mesh=mesh)
+        return x + mlp(p.mlp, normed, fp8=execution.precision.fp8), None
+    out, stats = moe(p.mlp, normed, config.moe, mesh=execution.mesh, fp8=execution.precision.fp8)
     return x + out, stats
 
 
@@ -145,9 +146,14 @@ def decoder_layer(
     """One layer in the expanded form; gives `[b, t, hidden]`, the latents and the statistics."""
     normed = rms_norm(x, p.input_layernorm, config.rms_norm_eps)
     out, kept = attend_expanded(
-        p.self_attn, normed, angles, config.mla, implementation=execution.attention
+        p.self_attn,
+        normed,
+        angles,
+        config.mla,
+        implementation=execution.attention,
+        fp8=execution.precision.fp8,
     )
-    x, stats = feed_forward(p, x + out, config, execution.mesh)
+    x, stats = feed_forward(p, x + out, config, execution)
     return x, (kept, stats)
 
 
@@ -182,7 +188,7 @@ def forward(
       positions: `i32[b, t]`, 0 to t-1 unless given.
     """
     config = model.config
-    x = embed(model, tokens, execution.dtype)
+    x = embed(model, tokens, execution.precision.dtype)
     angles = positions_angles(tokens, positions, config)
 
     def layer(p, x):
@@ -233,15 +239,17 @@ def decode(
       `[b, t, hidden]` after the final norm, and the updated pages.
     """
     config = model.config
-    x = embed(model, tokens, execution.dtype)
+    x = embed(model, tokens, execution.precision.dtype)
     new = jnp.arange(-tokens.shape[1], 0, dtype=jnp.int32)
     angles = rotary(jnp.maximum(lengths[:, None] + new[None], 0), config.mla)
 
     def layer(p, x, layer_pages):
         normed = rms_norm(x, p.input_layernorm, config.rms_norm_eps)
         cache = PagedCache(layer_pages, page_table, lengths)
-        out, layer_pages = attend_absorbed(p.self_attn, normed, angles, config.mla, cache)
-        return feed_forward(p, x + out, config, execution.mesh)[0], layer_pages
+        out, layer_pages = attend_absorbed(
+            p.self_attn, normed, angles, config.mla, cache, fp8=execution.precision.fp8
+        )
+        return feed_forward(p, x + out, config, execution)[0], layer_pages
 
     dense, updated = config.num_dense_layers, []
     if dense:

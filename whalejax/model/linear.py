@@ -2,18 +2,44 @@
 
 A weight is `[out, in]`, as Hugging Face stores it. Products accumulate in float32 and come back in
 the activations' dtype, so the activations' dtype is the precision of the computation: float32
-master weights with bfloat16 activations compute in bfloat16.
+master weights with bfloat16 activations compute in bfloat16. In FP8 activations stay bfloat16 and
+the three matmuls of a linear round their operands (DeepSeek-V3, arXiv 2412.19437, section 3.3);
+embedding, head, router and norms are no linears of this kind and keep their precision.
 """
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from whalejax.kernels.grouped_gemm import grouped_matmul
-from whalejax.kernels.quantization import QuantizedArray
+from whalejax.kernels.fp8_gemm import fp8_linear, fp8_matmul
+from whalejax.kernels.grouped_gemm import fp8_grouped_linear, fp8_grouped_matmul, grouped_matmul
+from whalejax.kernels.quantization import QuantizedArray, quantize
 from whalejax.model.parameters import read
 
 Weight = nnx.Variable | jax.Array | QuantizedArray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+    """In what a model computes.
+
+    Attributes:
+      dtype: of activations; None for that of the parameters.
+      fp8: whether the matmuls of weights, and of their gradients, run in FP8.
+    """
+
+    dtype: Any = None
+    fp8: bool = False
+
+
+PRECISIONS = {
+    "f32": Precision(dtype=jnp.float32),
+    "bf16": Precision(dtype=jnp.bfloat16),
+    "fp8": Precision(dtype=jnp.bfloat16, fp8=True),
+}
 
 
 def weight_in(w: Weight, dtype: jnp.dtype) -> jax.Array:
@@ -24,34 +50,50 @@ def weight_in(w: Weight, dtype: jnp.dtype) -> jax.Array:
     return w.astype(dtype)
 
 
-def linear(x: jax.Array, w: Weight) -> jax.Array:
+def linear(x: jax.Array, w: Weight, *, fp8: bool = False) -> jax.Array:
     """Multiplies by a weight.
 
     Args:
       x: `bf16|f32[..., K]`.
       w: `[N, K]` of any float dtype, or an FP8 `QuantizedArray`.
+      fp8: multiply in FP8, in the gradients too; an FP8 weight is used as it is.
 
     Returns:
       `x @ w.T`, `[..., N]` in x's dtype, accumulated in float32.
     """
     # XLA:CPU multiplies matrices up to twice as fast as it contracts arrays of three axes
     rows = x.reshape(-1, x.shape[-1])
+    if fp8:
+        w = read(w)
+        if isinstance(w, QuantizedArray):
+            product = fp8_matmul(quantize(rows), w, out_dtype=x.dtype)
+        else:
+            product = fp8_linear(rows, w)
+        return product.reshape(*x.shape[:-1], -1)
     product = jax.lax.dot_general(
         rows, weight_in(w, x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
     return product.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def grouped_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, *, alignment: int) -> jax.Array:
+def grouped_linear(
+    x: jax.Array, w: Weight, group_sizes: jax.Array, *, alignment: int, fp8: bool = False
+) -> jax.Array:
     """Multiplies each group of rows by the weight of its expert.
 
     Args:
       x: `bf16|f32[M, K]`, rows sorted by expert.
       w: `[G, N, K]`.
       group_sizes: `i32[G]`, rows of each expert.
-      alignment: every expert's rows start on a multiple of this.
+      alignment: every expert's rows start on a multiple of this; 128 in FP8.
+      fp8: multiply in FP8, as in `linear`.
 
     Returns:
       `[M, N]` in x's dtype; padding rows are zero.
     """
+    if fp8:
+        w = read(w)
+        if isinstance(w, QuantizedArray):
+            return fp8_grouped_matmul(quantize(x), w, group_sizes, out_dtype=x.dtype)
+        return fp8_grouped_linear(x, w, group_sizes)
     return grouped_matmul(x, weight_in(w, x.dtype), group_sizes, alignment=alignment)

@@ -51,21 +51,27 @@ class PagedCache(NamedTuple):
     lengths: jax.Array
 
 
-def queries(p: MLA, x: jax.Array, angles: Rotary, config: MLAConfig) -> tuple[jax.Array, jax.Array]:
+def queries(
+    p: MLA, x: jax.Array, angles: Rotary, config: MLAConfig, *, fp8: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Queries without position `[b, t, h, nope]` and rotated `[b, t, h, rope]`."""
     if config.q_lora_rank is None:
-        q = linear(x, p.q_proj)
+        q = linear(x, p.q_proj, fp8=fp8)
     else:
-        compressed = rms_norm(linear(x, p.q_a_proj), p.q_a_layernorm, config.rms_norm_eps)
-        q = linear(compressed, p.q_b_proj)
+        compressed = linear(x, p.q_a_proj, fp8=fp8)
+        compressed = rms_norm(compressed, p.q_a_layernorm, config.rms_norm_eps)
+        q = linear(compressed, p.q_b_proj, fp8=fp8)
     q = q.reshape(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
     q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
     return q_nope, rotate(q_rope, angles)
 
 
-def latents(p: MLA, x: jax.Array, angles: Rotary, config: MLAConfig) -> jax.Array:
+def latents(
+    p: MLA, x: jax.Array, angles: Rotary, config: MLAConfig, *, fp8: bool = False
+) -> jax.Array:
     """What the tokens leave in the cache: normed latent and rotated key, `[b, t, cache_dim]`."""
-    latent, k_rope = jnp.split(linear(x, p.kv_a_proj_with_mqa), [config.kv_lora_rank], axis=-1)
+    both = linear(x, p.kv_a_proj_with_mqa, fp8=fp8)
+    latent, k_rope = jnp.split(both, [config.kv_lora_rank], axis=-1)
     latent = rms_norm(latent, p.kv_a_layernorm, config.rms_norm_eps)
     k_rope = rotate(k_rope[:, :, None], angles)[:, :, 0]
     return jnp.concatenate([latent, k_rope], axis=-1)
@@ -78,6 +84,7 @@ def attend_expanded(
     config: MLAConfig,
     *,
     implementation: str | None = None,
+    fp8: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention among the tokens of x, for training and prefill.
 
@@ -87,25 +94,33 @@ def attend_expanded(
       angles: of the positions of x.
       config: sizes.
       implementation: of `kernels.attention`.
+      fp8: multiply by the weights in FP8; attention itself keeps x's dtype.
 
     Returns:
       The output `[b, t, hidden]` and the tokens' latents `[b, t, cache_dim]`.
     """
     heads = config.num_attention_heads
-    q = jnp.concatenate(queries(p, x, angles, config), axis=-1)
-    kept = latents(p, x, angles, config)
+    q = jnp.concatenate(queries(p, x, angles, config, fp8=fp8), axis=-1)
+    kept = latents(p, x, angles, config, fp8=fp8)
     latent, k_rope = jnp.split(kept, [config.kv_lora_rank], axis=-1)
-    kv = linear(latent, p.kv_b_proj).reshape(*x.shape[:2], heads, -1)
+    kv = linear(latent, p.kv_b_proj, fp8=fp8).reshape(*x.shape[:2], heads, -1)
     k_nope, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*q.shape[:3], config.qk_rope_head_dim))
     k = jnp.concatenate([k_nope, k_rope], axis=-1)
     with jax.named_scope("attention"):
         out = attention(q, k, v, scale=config.softmax_scale, implementation=implementation)
-    return linear(out.reshape(*x.shape[:2], heads * config.v_head_dim), p.o_proj), kept
+    out = out.reshape(*x.shape[:2], heads * config.v_head_dim)
+    return linear(out, p.o_proj, fp8=fp8), kept
 
 
 def attend_absorbed(
-    p: MLA, x: jax.Array, angles: Rotary, config: MLAConfig, cache: PagedCache
+    p: MLA,
+    x: jax.Array,
+    angles: Rotary,
+    config: MLAConfig,
+    cache: PagedCache,
+    *,
+    fp8: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Appends the new tokens to the cache and attends to it in latent space.
 
@@ -115,6 +130,7 @@ def attend_absorbed(
       angles: of their positions, `lengths - t` to `lengths - 1`.
       config: sizes.
       cache: lengths include the new tokens; a sequence of length 0 is an empty slot.
+      fp8: multiply by the weights in FP8, those that are absorbed into attention excepted.
 
     Returns:
       The output `[b, t, hidden]` and the updated pages.
@@ -122,11 +138,11 @@ def attend_absorbed(
     batch, new = x.shape[:2]
     positions = cache.lengths[:, None] - new + jnp.arange(new, dtype=jnp.int32)[None]
     positions = jnp.where(cache.lengths[:, None] > 0, positions, -1)
-    pages = append(cache.pages, latents(p, x, angles, config), cache.page_table, positions)
+    pages = append(cache.pages, latents(p, x, angles, config, fp8=fp8), cache.page_table, positions)
     up = weight_in(p.kv_b_proj, x.dtype)
     up = up.reshape(config.num_attention_heads, -1, config.kv_lora_rank)
     key_up, value_up = jnp.split(up, [config.qk_nope_head_dim], axis=1)
-    q_nope, q_rope = queries(p, x, angles, config)
+    q_nope, q_rope = queries(p, x, angles, config, fp8=fp8)
     q_latent = jnp.einsum("bthn,hnc->bthc", q_nope, key_up)
     with jax.named_scope("mla_decode"):
         out, _ = mla_decode(
@@ -138,4 +154,4 @@ def attend_absorbed(
             scale=config.softmax_scale,
         )
     values = jnp.einsum("bthc,hvc->bthv", out.astype(x.dtype), value_up)
-    return linear(values.reshape(batch, new, -1), p.o_proj), pages
+    return linear(values.reshape(batch, new, -1), p.o_proj, fp8=fp8), pages

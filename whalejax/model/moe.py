@@ -73,9 +73,10 @@ class MoEStats(NamedTuple):
     balance_loss: jax.Array
 
 
-def mlp(p: MLP, x: jax.Array) -> jax.Array:
+def mlp(p: MLP, x: jax.Array, *, fp8: bool = False) -> jax.Array:
     """SwiGLU of `[..., hidden]`."""
-    return linear(jax.nn.silu(linear(x, p.gate_proj)) * linear(x, p.up_proj), p.down_proj)
+    gate, up = linear(x, p.gate_proj, fp8=fp8), linear(x, p.up_proj, fp8=fp8)
+    return linear(jax.nn.silu(gate) * up, p.down_proj, fp8=fp8)
 
 
 def route(p: Router, x: jax.Array, config: MoEConfig) -> Routing:
@@ -135,26 +136,31 @@ def balance_loss(routing: Routing, num_experts: int) -> jax.Array:
 
 
 def routed_experts(
-    p: Experts, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array, config: MoEConfig
+    p: Experts,
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    config: MoEConfig,
+    *,
+    fp8: bool = False,
 ) -> jax.Array:
     """Sends `[T, hidden]` tokens through their experts and sums the weighted outputs; dropless."""
     # padding costs at most `alignment - 1` rows an expert: small for training, not for decode
-    alignment = 128 if topk_idx.size >= 64 * config.n_routed_experts else 8
+    alignment = 128 if fp8 or topk_idx.size >= 64 * config.n_routed_experts else 8
+    layout = {"alignment": alignment, "fp8": fp8}
     with jax.named_scope("dispatch"):
         plan = plan_permutation(topk_idx, config.n_routed_experts, alignment=alignment)
         rows = permute(x, plan)
     with jax.named_scope("experts"):
-        gate = grouped_linear(rows, p.gate_proj, plan.group_sizes, alignment=alignment)
-        up = grouped_linear(rows, p.up_proj, plan.group_sizes, alignment=alignment)
-        out = grouped_linear(
-            jax.nn.silu(gate) * up, p.down_proj, plan.group_sizes, alignment=alignment
-        )
+        gate = grouped_linear(rows, p.gate_proj, plan.group_sizes, **layout)
+        up = grouped_linear(rows, p.up_proj, plan.group_sizes, **layout)
+        out = grouped_linear(jax.nn.silu(gate) * up, p.down_proj, plan.group_sizes, **layout)
     with jax.named_scope("combine"):
         return unpermute(out, topk_weights, plan)
 
 
 def moe(
-    p: MoE, x: jax.Array, config: MoEConfig, *, mesh: Mesh | None = None
+    p: MoE, x: jax.Array, config: MoEConfig, *, mesh: Mesh | None = None, fp8: bool = False
 ) -> tuple[jax.Array, MoEStats]:
     """Routed plus shared experts.
 
@@ -163,6 +169,7 @@ def moe(
       x: `bf16|f32[b, t, hidden]`.
       config: sizes and routing.
       mesh: where the batch is sharded over `BATCH_AXES`, each device sorts its own tokens.
+      fp8: multiply by the experts' weights in FP8.
 
     Returns:
       `[b, t, hidden]` and the layer's statistics.
@@ -175,7 +182,8 @@ def moe(
         if sharded:  # the gradients of weights are summed over the devices that used them
             weights = jax.lax.pcast(weights, BATCH_AXES, to="varying")
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, topk_idx, topk_weights)]
-        return routed_experts(nnx.merge(graphdef, weights), *flat, config).reshape(x.shape)
+        experts = nnx.merge(graphdef, weights)
+        return routed_experts(experts, *flat, config, fp8=fp8).reshape(x.shape)
 
     if sharded:
         batch = PartitionSpec(BATCH_AXES)
@@ -185,7 +193,7 @@ def moe(
     out = local(weights, x, routing.topk_idx, routing.topk_weights)
     if config.n_shared_experts:
         with jax.named_scope("shared_experts"):
-            out = out + mlp(p.shared_experts, x)
+            out = out + mlp(p.shared_experts, x, fp8=fp8)
     experts = jnp.arange(config.n_routed_experts, dtype=jnp.int32)
     load = jnp.sum(routing.topk_idx[..., None] == experts[None, None, None], axis=(0, 1, 2))
     return out, MoEStats(load.astype(jnp.int32), balance_loss(routing, config.n_routed_experts))

@@ -60,7 +60,8 @@ def predict_further(
     def module(p, x, ahead):
         embedded = rms_norm(embed(model, ahead, x.dtype), p.enorm, config.rms_norm_eps)
         previous = rms_norm(x, p.hnorm, config.rms_norm_eps)
-        x = linear(jnp.concatenate([embedded, previous], axis=-1), p.eh_proj)
+        both = jnp.concatenate([embedded, previous], axis=-1)
+        x = linear(both, p.eh_proj, fp8=execution.precision.fp8)
         x, (_, stats) = decoder_layer(p.layer, x, angles, config, execution)
         x = rms_norm(x, p.norm, config.rms_norm_eps)
         return x, (x, stats)

@@ -18,6 +18,7 @@ from whalejax.data.loader import batch_at
 from whalejax.data.tokens import join
 from whalejax.model.config import ModelConfig
 from whalejax.model.decoder import Execution
+from whalejax.model.linear import PRECISIONS
 from whalejax.model.sharding import batch_sharding
 from whalejax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
 from whalejax.presets import preset
@@ -61,7 +62,8 @@ class TrainConfig:
       batch_size: sequences a step, all microbatches and devices together.
       length: tokens of a sequence.
       accumulate: microbatches a step.
-      dtype: of the computation; weights and optimiser stay float32.
+      precision: of the computation: f32, bf16, or fp8 (bf16 activations, matmuls of weights and
+        their gradients in FP8); weights and optimiser stay float32.
       rematerialise: what the backward pass computes again: none, full or dots.
       eval_every: steps between held-out losses; 0 for none but the last.
       save_every: steps between checkpoints.
@@ -82,7 +84,7 @@ class TrainConfig:
     batch_size: int = 16
     length: int = 256
     accumulate: int = 1
-    dtype: Literal["f32", "bf16"] = "f32"
+    precision: Literal["f32", "bf16", "fp8"] = "f32"
     rematerialise: str = "none"
     eval_every: int = 0
     save_every: int = 200
@@ -172,7 +174,7 @@ def prepare(config: TrainConfig) -> Prepared:
     train, heldout = join(corpus.train, tokenizer), join(corpus.heldout, tokenizer)
     batch_at(train, step=0, batch=1, length=config.length, seed=config.seed)  # long enough?
     execution = Execution(
-        dtype={"f32": np.dtype("float32"), "bf16": jax.numpy.bfloat16.dtype}[config.dtype],
+        precision=PRECISIONS[config.precision],
         rematerialise=config.rematerialise,
         mesh=mesh if mesh.size > 1 else None,
     )
