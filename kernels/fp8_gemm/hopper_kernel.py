@@ -274,9 +274,12 @@ def hold_back(condition, steps, x):
 
     Warpgroups that start together tend to promote together, while the tensor core idles.
     """
-    x = lax.fori_loop(0, jnp.where(condition, steps, 0), lambda _, x: x * 0.999 + 0.001, x)
+    # a product first: inside of shard_map what is read is typed as varying, what is computed is not
+    chain = lax.fori_loop(
+        0, jnp.where(condition, steps, 0), lambda _, x: x * 0.999 + 0.001, x * 0.999
+    )
 
-    @pl.when(x == -1e38)  # never: scales are positive; the chain must have a use
+    @pl.when(chain == -1e38)  # never: scales are positive; the chain must have a use
     def _():
         plgpu.wait_smem_to_gmem(0)
 

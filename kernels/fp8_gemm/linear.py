@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from whalejax.kernels.backend import vary_like
 from whalejax.kernels.fp8_gemm.api import fp8_matmul, fp8_matmul_wgrad
 from whalejax.kernels.quantization import quantize, quantize_both
 
@@ -47,6 +48,8 @@ def fp8_linear(x: jax.Array, w: jax.Array, *, implementation: str | None = None)
             f"fp8_linear: N={w.shape[0]} and K={w.shape[1]} must be multiples of 16 "
             f"(w.shape={w.shape})"
         )
+    # outside of the rule for gradients: what undoes it sums a shared weight's over the devices
+    x, w = vary_like((x, w), (x, w))
     return _linear(x, w, implementation)
 
 

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from whalejax.kernels.backend import vary_like
 from whalejax.kernels.grouped_gemm.fp8 import fp8_grouped_matmul, fp8_grouped_matmul_wgrad
 from whalejax.kernels.groups import ALIGNMENT
 from whalejax.kernels.quantization import quantize, quantize_both
@@ -45,6 +46,8 @@ def fp8_grouped_linear(
             f"fp8_grouped_linear: N={w.shape[1]} and K={w.shape[2]} must be multiples of 16, "
             f"M={x.shape[0]} of {ALIGNMENT} (x.shape={x.shape}, w.shape={w.shape})"
         )
+    # outside of the rule for gradients: what undoes it sums a shared weight's over the devices
+    x, w = vary_like((x, w), (x, w, group_sizes))
     return _linear(x, w, group_sizes, implementation)
 
 

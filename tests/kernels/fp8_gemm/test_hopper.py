@@ -94,16 +94,16 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize(
     ("size", "out_dtype", "tuning"),
     [
-        ((130, 136, 272), BF16, Tuning(tile_n=128, stages=2)),
-        ((130, 136, 272), F32, Tuning(tile_n=128, stages=3, stagger=5)),
-        ((65, 400, 144), BF16, Tuning(tile_n=176, stages=2)),  # at offsets 0, 48, 96 of 128
-        ((65, 256, 144), F32, Tuning(tile_n=192, stages=2)),
-        ((70, 136, 272), BF16, Tuning(tile_m=64, tile_n=56, stages=2)),  # too narrow a swizzle
-        ((1, 16, 4240), F32, Tuning(tile_m=64, tile_n=16, stages=4)),  # 34 scales: two loads
-        ((129, 24, 16), BF16, Tuning(tile_n=32, stages=4)),  # less than a K block
-        ((300, 136, 144), BF16, Tuning(tile_m=256, tile_n=80, stages=2)),  # two waves
-        ((300, 64, 144), BF16, Tuning(tile_n=64, stages=2, cluster=2, share="w")),
-        ((130, 136, 144), F32, Tuning(tile_n=64, stages=2, cluster=2, share="x")),
+        ((130, 136, 272), "bfloat16", Tuning(tile_n=128, stages=2)),
+        ((130, 136, 272), "float32", Tuning(tile_n=128, stages=3, stagger=5)),
+        ((65, 400, 144), "bfloat16", Tuning(tile_n=176, stages=2)),  # at offsets 0, 48, 96 of 128
+        ((65, 256, 144), "float32", Tuning(tile_n=192, stages=2)),
+        ((70, 136, 272), "bfloat16", Tuning(tile_m=64, tile_n=56, stages=2)),  # not swizzled
+        ((1, 16, 4240), "float32", Tuning(tile_m=64, tile_n=16, stages=4)),  # 34 scales: two loads
+        ((129, 24, 16), "bfloat16", Tuning(tile_n=32, stages=4)),  # less than a K block
+        ((300, 136, 144), "bfloat16", Tuning(tile_m=256, tile_n=80, stages=2)),  # two waves
+        ((300, 64, 144), "bfloat16", Tuning(tile_n=64, stages=2, cluster=2, share="w")),
+        ((130, 136, 144), "float32", Tuning(tile_n=64, stages=2, cluster=2, share="x")),
     ],
     ids=str,
 )
@@ -111,8 +111,7 @@ def test_matmul(interpret, size, out_dtype, tuning):
     x, w = matmul_operands(*size)
     out = interpret(lambda x, w: hopper.fp8_matmul(x, w, jnp.dtype(out_dtype), tuning), x, w)
     assert out.dtype == out_dtype
-    tolerance = TOLERANCE[jnp.dtype(out_dtype).name]
-    assert_rows_close(out, float64(x) @ float64(w).T, tolerance=tolerance)
+    assert_rows_close(out, float64(x) @ float64(w).T, tolerance=TOLERANCE[out_dtype])
 
 
 @pytest.mark.parametrize(
