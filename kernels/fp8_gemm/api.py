@@ -120,7 +120,7 @@ def check_product(op: str, x: QuantizedArray, w: QuantizedArray, out_dtype: jnp.
             f"{op}: K={k} must be a multiple of 16 and N={n} of 8 (x.shape={x.shape}, "
             f"w.shape={w.shape})"
         )
-    if out_dtype not in OUT_DTYPES:
+    if jnp.dtype(out_dtype) not in OUT_DTYPES:
         raise ValueError(f"{op}: out_dtype={out_dtype} must be bfloat16 or float32")
 
 

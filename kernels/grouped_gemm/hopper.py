@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, no_gpu
-from whalejax.kernels.fp8_gemm.hopper import aligned_rows, tune, wgrad
-from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, Tuning, WgradTuning
+from whalejax.kernels.fp8_gemm.hopper import aligned_rows, wgrad
+from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, Tuning, WgradTuning, pick
 from whalejax.kernels.groups import (
     ALIGNMENT,
     aligned,
@@ -42,12 +42,7 @@ def fp8_grouped_matmul(
     """`x[rows of g] @ w[g].T`; see `grouped_gemm.fp8.fp8_grouped_matmul`."""
     (m, k), n = x.shape, w.shape[1]
     ctas = mosaic.num_sms()
-    t = tuning or tune(m, n, k, out_dtype)
-    if t.tile_m > ALIGNMENT or t.group[0] > 1:
-        raise ValueError(
-            f"tile_m={t.tile_m}, cluster={t.cluster} and share={t.share!r}: tiles of a cluster "
-            f"must lie in one group, and groups start on multiples of {ALIGNMENT}"
-        )
+    t = tuned(tuning, m, n, k, out_dtype)
     num_tiles = m // t.tile_m
     items = mosaic.deal(
         num_tiles,
@@ -76,7 +71,7 @@ def fp8_masked_matmul(
     (groups, max_m, k), n = x.shape, w.shape[1]
     ctas = mosaic.num_sms()
     # how many rows there are is known on the device alone: as if they filled its SMs
-    t = tuning or tune(max(max_m, 128), n, k, out_dtype)
+    t = tuned(tuning, max(max_m, 128), n, k, out_dtype)
     most = -(-max_m // t.tile_m)  # tiles of rows of a group
     tiles = (counts + t.tile_m - 1) // t.tile_m
     items = mosaic.deal(
@@ -92,6 +87,22 @@ def fp8_masked_matmul(
     filled = jnp.clip(counts[group] - row * t.tile_m, 0, t.tile_m)
     table = mosaic.table(row, items.column, group, filled)
     return _multiply(x, w, table, items.counts, out_dtype, t)
+
+
+def tuned(tuning: Tuning | None, m: int, n: int, k: int, out_dtype: jnp.dtype) -> Tuning:
+    """The tuning that was given, if it suits groups, or the cost model's; measured are dense ones.
+
+    Raises:
+      ValueError: the tiles of a cluster, or one tile, would reach into another group.
+    """
+    itemsize = jnp.dtype(out_dtype).itemsize
+    t = tuning or pick(m, n, k, out_itemsize=itemsize, ctas=mosaic.num_sms())
+    if t.tile_m > ALIGNMENT or t.group[0] > 1:
+        raise ValueError(
+            f"tile_m={t.tile_m}, cluster={t.cluster} and share={t.share!r}: tiles of a cluster "
+            f"must lie in one group, and groups start on multiples of {ALIGNMENT}"
+        )
+    return t
 
 
 def _with_group_axis(x):

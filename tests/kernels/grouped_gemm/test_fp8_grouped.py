@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from whalejax.kernels.fp8_gemm.tuning import Tuning
 from whalejax.kernels.grouped_gemm import (
     fp8_grouped_linear,
     fp8_grouped_matmul,
     fp8_grouped_matmul_wgrad,
     fp8_masked_matmul,
+    hopper,
 )
 from whalejax.kernels.grouped_gemm.cases import (
     CASES,
@@ -275,3 +277,9 @@ def test_a_named_kernel_says_why_it_cannot_run(call):
         call(implementation="mosaic_gpu")
     with pytest.raises(ValueError, match=r"'fast' is unknown; choose from \['mosaic_gpu', 'xla'\]"):
         call(implementation="fast")
+
+
+@pytest.mark.parametrize("sizes", [{"tile_m": 256, "tile_n": 128}, {"cluster": 2, "share": "w"}])
+def test_tiles_that_reach_into_another_group_are_refused(sizes):
+    with pytest.raises(ValueError, match="must lie in one group"):
+        hopper.tuned(Tuning(**sizes), 512, 256, 256, jnp.bfloat16)
