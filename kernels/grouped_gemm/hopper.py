@@ -42,7 +42,7 @@ def fp8_grouped_matmul(
     """`x[rows of g] @ w[g].T`; see `grouped_gemm.fp8.fp8_grouped_matmul`."""
     (m, k), n = x.shape, w.shape[1]
     ctas = mosaic.num_sms()
-    t = tuned(tuning, m, n, k, out_dtype)
+    t = tuned(tuning, m, n, k, out_dtype, tallest=ALIGNMENT)
     num_tiles = m // t.tile_m
     items = mosaic.deal(
         num_tiles,
@@ -71,7 +71,7 @@ def fp8_masked_matmul(
     (groups, max_m, k), n = x.shape, w.shape[1]
     ctas = mosaic.num_sms()
     # how many rows there are is known on the device alone: as if they filled its SMs
-    t = tuned(tuning, max(max_m, 128), n, k, out_dtype)
+    t = tuned(tuning, max(max_m, 128), n, k, out_dtype, tallest=2 * ALIGNMENT)
     most = -(-max_m // t.tile_m)  # tiles of rows of a group
     tiles = (counts + t.tile_m - 1) // t.tile_m
     items = mosaic.deal(
@@ -89,18 +89,21 @@ def fp8_masked_matmul(
     return _multiply(x, w, table, items.counts, out_dtype, t)
 
 
-def tuned(tuning: Tuning | None, m: int, n: int, k: int, out_dtype: jnp.dtype) -> Tuning:
+def tuned(
+    tuning: Tuning | None, m: int, n: int, k: int, out_dtype: jnp.dtype, *, tallest: int
+) -> Tuning:
     """The tuning that was given, if it suits groups, or the cost model's; measured are dense ones.
 
     Raises:
-      ValueError: the tiles of a cluster, or one tile, would reach into another group.
+      ValueError: the tiles of a cluster, or a tile of more than `tallest` rows, would reach into
+        another group.
     """
     itemsize = jnp.dtype(out_dtype).itemsize
     t = tuning or pick(m, n, k, out_itemsize=itemsize, ctas=mosaic.num_sms())
-    if t.tile_m > ALIGNMENT or t.group[0] > 1:
+    if t.tile_m > tallest or t.group[0] > 1:
         raise ValueError(
             f"tile_m={t.tile_m}, cluster={t.cluster} and share={t.share!r}: tiles of a cluster "
-            f"must lie in one group, and groups start on multiples of {ALIGNMENT}"
+            f"must lie in one group and have at most {tallest} rows"
         )
     return t
 

@@ -282,4 +282,4 @@ def test_a_named_kernel_says_why_it_cannot_run(call):
 @pytest.mark.parametrize("sizes", [{"tile_m": 256, "tile_n": 128}, {"cluster": 2, "share": "w"}])
 def test_tiles_that_reach_into_another_group_are_refused(sizes):
     with pytest.raises(ValueError, match="must lie in one group"):
-        hopper.tuned(Tuning(**sizes), 512, 256, 256, jnp.bfloat16)
+        hopper.tuned(Tuning(**sizes), 512, 256, 256, jnp.bfloat16, tallest=128)
