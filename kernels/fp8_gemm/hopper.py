@@ -34,42 +34,55 @@ def tune(m: int, n: int, k: int, out_dtype: jnp.dtype) -> Tuning:
     )
 
 
-def aligned_rows(scales: jax.Array) -> jax.Array:
-    """w's scales, their rows padded to the 16 bytes that TMA needs."""
-    padding = [(0, 0)] * (scales.ndim - 1) + [(0, -scales.shape[-1] % TMA_ALIGNMENT)]
-    return jnp.pad(scales, padding)
-
-
 def fp8_matmul(
     x: QuantizedArray, w: QuantizedArray, out_dtype: jnp.dtype, tuning: Tuning | None = None
 ) -> jax.Array:
     """`x @ w.T`; see `fp8_gemm.api.fp8_matmul`."""
-    from whalejax.kernels.fp8_gemm.hopper_kernel import Problem, build
-
     (m, k), n = x.shape, w.shape[0]
-    ctas = mosaic.num_sms()
     t = tuning or tune(m, n, k, out_dtype)
-    ctas -= ctas % t.cluster
-    p = Problem(x_groups=1, groups=1, m=m, n=n, k=k, out_dtype=out_dtype, masked=False)
     items = mosaic.deal(
         -(-m // t.tile_m),
         -(-n // t.tile_n),
         max_rows=-(-m // t.tile_m),
         width=t.width,
-        ctas=ctas,
+        ctas=mosaic.num_sms() // t.cluster * t.cluster,
         group=t.group,
     )
     table = mosaic.table(items.row, items.column)
-    x = x.with_scales_by_column()
-    out = build(p, t, ctas)(
-        x.values[None],
-        x.stored_scales[None],
-        w.values[None],
-        aligned_rows(w.scales)[None],
+    x, w = with_group_axis(x.with_scales_by_column()), with_group_axis(w)
+    return matmul(x, w, table, items.counts, out_dtype, t, masked=False)[0]
+
+
+def with_group_axis(q: QuantizedArray) -> QuantizedArray:
+    """The same array as the only one of its groups."""
+    return jax.tree.map(lambda a: a[None], q)
+
+
+def matmul(
+    x: QuantizedArray,
+    w: QuantizedArray,
+    table: jax.Array,
+    counts: jax.Array,
+    out_dtype: jnp.dtype,
+    t: Tuning,
+    *,
+    masked: bool,
+) -> jax.Array:
+    """Runs the matmul kernel on items: x `[x's groups, m, k]`, w `[groups, n, k]`."""
+    from whalejax.kernels.fp8_gemm.hopper_kernel import Problem, build
+
+    (x_groups, m, k), (groups, n, _) = x.shape, w.shape
+    p = Problem(x_groups=x_groups, groups=groups, m=m, n=n, k=k, out_dtype=out_dtype, masked=masked)
+    scales = w.scales
+    scales = jnp.pad(scales, ((0, 0), (0, 0), (0, -scales.shape[-1] % TMA_ALIGNMENT)))
+    return build(p, t, table.shape[0])(
+        x.values,
+        x.with_scales_by_column().stored_scales,
+        w.values,
+        scales,
         table,
-        jnp.asarray(items.counts),
+        jnp.asarray(counts),
     )
-    return out[0]
 
 
 def fp8_matmul_wgrad(

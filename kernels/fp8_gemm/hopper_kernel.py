@@ -92,7 +92,7 @@ class Refs(NamedTuple):
     W: Any
     XS: Any
     WS: Any
-    O: Any  # noqa: E741 - the output on its way
+    OUT: Any
     full: Any
     empty: Any
 
@@ -180,8 +180,7 @@ def num_k_of(p, refs, cta, i):
 
 
 def load_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array) -> None:
-    """Fills slots with K blocks of x, of w and of x's scales, item after item."""
-
+    """Fills slots with K blocks of x, of w and of both scales, item after item."""
     X, W = for_tma(refs.X, p.m, p.k), for_tma(refs.W, p.n, p.k)
     peers = "peer" if t.cluster > 1 else None
     x_peers, w_peers = (peers, None) if t.share == "x" else (None, peers)
@@ -361,7 +360,7 @@ def columns_of(product, segment):
 
 def store(p, t, refs, cta, wg, i, parts, accs):
     """Rounds an item's rows to the output's dtype and sends them off through SMEM."""
-    *_, num_panels, _, panel = refs.O.shape
+    *_, num_panels, _, panel = refs.OUT.shape
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for wave, of_wave in enumerate(accs):
         for s, acc in zip(parts, of_wave, strict=True):
@@ -373,16 +372,16 @@ def store(p, t, refs, cta, wg, i, parts, accs):
             for first in range(s.first, s.last, panel):
                 last = min(first + panel, s.last)
                 at = pl.ds(first % panel, last - first)
-                refs.O[wave, wg, first // panel, :, at] = acc[:, first - s.first : last - s.first]
+                refs.OUT[wave, wg, first // panel, :, at] = acc[:, first - s.first : last - s.first]
     plgpu.commit_smem()
     # read again: cheaper than registers held through the main loop
     row, column = refs.items[cta, i, ROW], refs.items[cta, i, COLUMN]
     x_group = refs.items[cta, i, GROUP] if p.x_groups > 1 else 0
-    O = for_tma(refs.O, p.m, p.n)  # noqa: E741
+    staged = for_tma(refs.OUT, p.m, p.n)
     for wave in range(t.waves):
         rows = pl.ds(row * t.tile_m + (wave * t.warpgroups + wg) * WARPGROUP_ROWS, WARPGROUP_ROWS)
         for number in range(num_panels):
             columns = pl.ds(column * t.tile_n + number * panel, panel)
             target = refs.out.at[x_group, rows, columns]
-            plgpu.copy_smem_to_gmem(O.at[wave, wg, number], target, commit_group=False)
+            plgpu.copy_smem_to_gmem(staged.at[wave, wg, number], target, commit_group=False)
     plgpu.commit_smem_to_gmem_group()

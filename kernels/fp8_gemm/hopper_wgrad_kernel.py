@@ -63,7 +63,7 @@ class Refs(NamedTuple):
     X: Any
     DYS: Any
     XS: Any
-    O: Any  # noqa: E741 - the output on its way
+    OUT: Any
     full: Any
     empty: Any
 
@@ -201,15 +201,15 @@ def store(p, t, refs, cta, wg, i, total):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     panels = range(0, t.tile_n, PANEL)
     for column in panels:
-        refs.O[wg, column // PANEL] = total[:, column : column + PANEL]
+        refs.OUT[wg, column // PANEL] = total[:, column : column + PANEL]
     plgpu.commit_smem()
     group = refs.items[cta, i, GROUP]
     rows = pl.ds(refs.items[cta, i, ROW] * t.tile_m + wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
-    O = for_tma(refs.O, p.n, p.k)  # noqa: E741
+    staged = for_tma(refs.OUT, p.n, p.k)
     for column in panels:
         columns = pl.ds(refs.items[cta, i, COLUMN] * t.tile_n + column, PANEL)
         plgpu.copy_smem_to_gmem(
-            O.at[wg, column // PANEL],
+            staged.at[wg, column // PANEL],
             refs.out.at[group, rows, columns],
             commit_group=False,
             reduction_op="add" if p.accumulate else None,

@@ -16,10 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from whalejax.kernels.backend import vary_like
-from whalejax.kernels.fp8_gemm.api import fp8_matmul, fp8_matmul_wgrad
+from whalejax.kernels.fp8_gemm.api import WEIGHT_TILE, fp8_matmul, fp8_matmul_wgrad
 from whalejax.kernels.quantization import quantize, quantize_both
-
-WEIGHT_TILE = (128, 128)
 
 
 def fp8_linear(x: jax.Array, w: jax.Array, *, implementation: str | None = None) -> jax.Array:

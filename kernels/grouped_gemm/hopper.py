@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, no_gpu
-from whalejax.kernels.fp8_gemm.hopper import aligned_rows, wgrad
+from whalejax.kernels.fp8_gemm.hopper import matmul, wgrad, with_group_axis
 from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, Tuning, WgradTuning, pick
 from whalejax.kernels.groups import (
     ALIGNMENT,
@@ -41,7 +41,6 @@ def fp8_grouped_matmul(
 ) -> jax.Array:
     """`x[rows of g] @ w[g].T`; see `grouped_gemm.fp8.fp8_grouped_matmul`."""
     (m, k), n = x.shape, w.shape[1]
-    ctas = mosaic.num_sms()
     t = tuned(tuning, m, n, k, out_dtype, tallest=ALIGNMENT)
     num_tiles = m // t.tile_m
     items = mosaic.deal(
@@ -49,7 +48,7 @@ def fp8_grouped_matmul(
         -(-n // t.tile_n),
         max_rows=num_tiles,
         width=t.width,
-        ctas=ctas - ctas % t.cluster,
+        ctas=mosaic.num_sms() // t.cluster * t.cluster,
         group=t.group,
     )
     row = jnp.minimum(items.row, num_tiles - 1)
@@ -57,7 +56,8 @@ def fp8_grouped_matmul(
     filled = rows_of_tiles(group_sizes, m // ALIGNMENT, ALIGNMENT)[row * t.tile_m // ALIGNMENT]
     filled = jnp.clip(filled - row * t.tile_m % ALIGNMENT, 0, t.tile_m)
     table = mosaic.table(items.row, items.column, group, filled)
-    return _multiply(_with_group_axis(x), w, table, items.counts, out_dtype, t)[0]
+    x = with_group_axis(x.with_scales_by_column())
+    return matmul(x, w, table, items.counts, out_dtype, t, masked=True)[0]
 
 
 def fp8_masked_matmul(
@@ -69,7 +69,6 @@ def fp8_masked_matmul(
 ) -> jax.Array:
     """`x[g, :counts[g]] @ w[g].T`; see `grouped_gemm.fp8.fp8_masked_matmul`."""
     (groups, max_m, k), n = x.shape, w.shape[1]
-    ctas = mosaic.num_sms()
     # how many rows there are is known on the device alone: as if they filled its SMs
     t = tuned(tuning, max(max_m, 128), n, k, out_dtype, tallest=2 * ALIGNMENT)
     most = -(-max_m // t.tile_m)  # tiles of rows of a group
@@ -79,14 +78,14 @@ def fp8_masked_matmul(
         -(-n // t.tile_n),
         max_rows=groups * most,
         width=t.width,
-        ctas=ctas - ctas % t.cluster,
+        ctas=mosaic.num_sms() // t.cluster * t.cluster,
         group=t.group,
     )
     group = group_of_tiles(tiles, groups * most, 1)[items.row]
     row = items.row - exclusive_cumsum(tiles)[group]
     filled = jnp.clip(counts[group] - row * t.tile_m, 0, t.tile_m)
     table = mosaic.table(row, items.column, group, filled)
-    return _multiply(x, w, table, items.counts, out_dtype, t)
+    return matmul(x, w, table, items.counts, out_dtype, t, masked=True)
 
 
 def tuned(
@@ -106,23 +105,6 @@ def tuned(
             f"must lie in one group and have at most {tallest} rows"
         )
     return t
-
-
-def _with_group_axis(x):
-    x = x.with_scales_by_column()
-    return QuantizedArray(x.values[None], x.stored_scales[None], x.tile, scales_by_column=True)
-
-
-def _multiply(x, w, table, counts, out_dtype, t):
-    """Runs the matmul kernel on items; `[x's groups, m, n]`."""
-    from whalejax.kernels.fp8_gemm.hopper_kernel import Problem, build
-
-    (x_groups, m, k), (groups, n, _) = x.shape, w.shape
-    p = Problem(x_groups=x_groups, groups=groups, m=m, n=n, k=k, out_dtype=out_dtype, masked=True)
-    x = x.with_scales_by_column()
-    return build(p, t, table.shape[0])(
-        x.values, x.stored_scales, w.values, aligned_rows(w.scales), table, jnp.asarray(counts)
-    )
 
 
 def fp8_grouped_matmul_wgrad(

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from whalejax.kernels.backend import vary_like
+from whalejax.kernels.fp8_gemm.api import WEIGHT_TILE
 from whalejax.kernels.grouped_gemm.fp8 import fp8_grouped_matmul, fp8_grouped_matmul_wgrad
 from whalejax.kernels.groups import ALIGNMENT
 from whalejax.kernels.quantization import quantize, quantize_both
-
-WEIGHT_TILE = (128, 128)
 
 
 def fp8_grouped_linear(

@@ -20,6 +20,7 @@ def test_prints_a_row_of_each_and_a_table_last(monkeypatch, capsys, tmp_path):
     rows, lines = rows_of(capsys)
     assert [row["op"] for row in rows] == ["dense", "wgrad", "wgrad", "masked"]
     for row in rows:
+        assert "--sections dense wgrad" in row["command"]
         assert row["burst_us"] > 0 and row["sustained_us"] > 0
         assert {"timer", "device", "versions", "command", "burst_tflops"} <= row.keys()
     # XLA's float32 product rounded to bfloat16: 2^-9 a number, and less in the norm of a row
@@ -38,6 +39,7 @@ def test_worst_row_sees_one_wrong_row():
     wanted = jnp.ones((4, 8)).at[3].set(0)
     assert gemm.worst_row(wanted, wanted) == 0
     assert gemm.worst_row(wanted.at[2, 0].set(0), wanted) == pytest.approx(8**-0.5)
+    assert gemm.worst_row(wanted.at[3, 0].set(1), wanted) == float("inf")  # should be zero
 
 
 def test_candidates_take_turns_with_all_their_arguments():

@@ -147,7 +147,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m whalejax.bench.attention", description=__doc__)
     parser.add_argument("--small", action="store_true", help="sizes for a CPU")
     parser.add_argument("--repeats", type=int, default=7, help=f"timings of {CALLS} calls each")
-    arguments = parser.parse_args(args)
+    arguments = parser.parse_args(args := sys.argv[1:] if args is None else args)
     if arguments.repeats < 1:
         parser.error(f"--repeats={arguments.repeats} must be at least 1")
     context = {
@@ -155,7 +155,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "repeats": arguments.repeats,
         "device": jax.devices()[0].device_kind,
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
-        "command": " ".join(["python -m whalejax.bench.attention", *sys.argv[1:]]),
+        "command": " ".join(["python -m whalejax.bench.attention", *args]),
     }
     for case in SMALL_BENCHMARK_CASES if arguments.small else BENCHMARK_CASES:
         for row in rows(case, arguments.repeats):

@@ -38,14 +38,14 @@ QUANTISED = (8192, 7168)  # tokens and hidden size of DeepSeek-V3
 class Bench:
     """Collects rows: prints each as JSON, and all of them as a table at the end."""
 
-    def __init__(self, arguments: argparse.Namespace):
+    def __init__(self, arguments: argparse.Namespace, command_line: Sequence[str]):
         self.arguments = arguments
         self.rows: list[dict[str, Any]] = []
         self.context = {
             "timer": timer(),
             "device": jax.devices()[0].device_kind,
             "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": " ".join(["python -m whalejax.bench.gemm", *sys.argv[1:]]),
+            "command": " ".join(["python -m whalejax.bench.gemm", *command_line]),
         }
 
     def time(
@@ -87,22 +87,17 @@ class Bench:
 KINDS = ("burst", "sustained")
 
 
-def compiled(f: Callable, *arguments: Any) -> Callable:
-    """`jit(f)`, compiled for these arguments."""
-    return jax.jit(f).lower(*arguments).compile()
-
-
 def worst_row(actual: jax.Array, wanted: jax.Array) -> float:
-    """Largest relative error of a row, computed where the arrays are; of rows that are not zero."""
+    """The worst of `kernels.testing.row_errors`, in float32, computed where the arrays are."""
     wanted = wanted.astype(jnp.float32)
     size = jnp.linalg.norm(wanted, axis=-1)
     error = jnp.linalg.norm(actual.astype(jnp.float32) - wanted, axis=-1)
-    return float(jnp.max(jnp.where(size > 0, error / size, 0)))
+    return float(jnp.max(jnp.where(error == 0, 0, error / size)))
 
 
 def ours(f: Callable, sets: list[tuple], name: str = "whalejax") -> Candidate:
     """A candidate of a function of ours."""
-    return Candidate(name, compiled(f, *sets[0]), sets)
+    return Candidate(name, jax.jit(f).lower(*sets[0]).compile(), sets)
 
 
 def ceilings(bench: Bench) -> None:
@@ -175,7 +170,10 @@ def contiguous(bench: Bench, cases: tuple) -> None:
         rows = int(sum(-(-size // 128) * 128 for size in case.sizes))
         x, w = grouped_inputs((rows, case.k), (len(case.sizes), case.n, case.k))
         sets = rotate((x, w, sizes))
-        found = [ours(fp8_grouped, sets), *_on_gpu(peers.contiguous, sets, sizes)]
+        found = [
+            ours(grouped_gemm.fp8_grouped_matmul, sets),
+            *_on_gpu(peers.contiguous, sets, sizes),
+        ]
         wanted = jax.jit(
             lambda x, w, s: grouped_reference.fp8_grouped_matmul(x, w, s, jnp.float32)
         )(x, w, sizes)
@@ -188,11 +186,6 @@ def contiguous(bench: Bench, cases: tuple) -> None:
         )
 
 
-def fp8_grouped(x, w, sizes):
-    """`fp8_grouped_matmul` with its defaults."""
-    return grouped_gemm.fp8_grouped_matmul(x, w, sizes)
-
-
 def masked(bench: Bench, cases: tuple) -> None:
     """`fp8_masked_matmul` beside DeepGEMM."""
     for case in cases:
@@ -201,7 +194,7 @@ def masked(bench: Bench, cases: tuple) -> None:
         x, w = grouped_inputs((groups, case.max_m, case.k), (groups, case.n, case.k))
         sets = rotate((x, w, counts))
         found = [
-            ours(lambda x, w, c: grouped_gemm.fp8_masked_matmul(x, w, c), sets),
+            ours(grouped_gemm.fp8_masked_matmul, sets),
             *_on_gpu(peers.masked, sets, counts),
         ]
         bench.time(
@@ -303,13 +296,14 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of every implementation")
     parser.add_argument("--sustained", type=float, default=0.2, help="seconds of a turn under load")
     parser.add_argument("--out", type=Path, help="a file for the rows, as JSON lines")
+    args = sys.argv[1:] if args is None else args
     arguments = parser.parse_args(args)
     if arguments.rounds < 1:
         parser.error(f"--rounds={arguments.rounds} must be at least 1")
     on_gpu = jax.default_backend() == "gpu"
     if arguments.tune and not on_gpu:
         parser.error("--tune measures kernels: it needs a CUDA GPU")
-    bench = Bench(arguments)
+    bench = Bench(arguments, args)
     dense_all = dense_cases.BENCHMARK_CASES if on_gpu else SMALL
     runs: dict[str, Callable[[], None]] = {
         "ceilings": lambda: ceilings(bench),
