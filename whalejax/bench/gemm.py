@@ -69,7 +69,11 @@ class Bench:
             if errors and name in errors:
                 row["worst_row_error"] = float(f"{errors[name]:.3g}")
             self.rows.append(row)
-            print(json.dumps(row | self.context), flush=True)
+            line = json.dumps(row | self.context)
+            print(line, flush=True)
+            if self.arguments.out:  # at once: an interrupted run keeps what it measured
+                with self.arguments.out.open("a") as file:
+                    file.write(line + "\n")
         return times
 
     def table(self) -> None:
@@ -282,8 +286,8 @@ def tune(bench: Bench, cases: tuple) -> None:
         times = bench.time("tune", f"{case.m}x{case.n}x{case.k}", named, flops=case.flops)
         best: Tuning = tunings[min(times, key=lambda name: times[name].row()["burst_us"])]
         device[f"{case.m}x{case.n}x{case.k}x2"] = vars(best)
-    USER_TABLE.parent.mkdir(parents=True, exist_ok=True)
-    USER_TABLE.write_text(json.dumps(found, indent=1) + "\n")
+        USER_TABLE.parent.mkdir(parents=True, exist_ok=True)
+        USER_TABLE.write_text(json.dumps(found, indent=1) + "\n")
     print(f"# tunings written to {USER_TABLE}", flush=True)
 
 
@@ -304,6 +308,8 @@ def main(args: Sequence[str] | None = None) -> None:
     if arguments.tune and not on_gpu:
         parser.error("--tune measures kernels: it needs a CUDA GPU")
     bench = Bench(arguments, args)
+    if arguments.out:
+        arguments.out.write_text("")  # a path that cannot be written fails before anything is timed
     dense_all = dense_cases.BENCHMARK_CASES if on_gpu else SMALL
     runs: dict[str, Callable[[], None]] = {
         "ceilings": lambda: ceilings(bench),
@@ -331,9 +337,6 @@ def main(args: Sequence[str] | None = None) -> None:
     else:
         for section in arguments.sections:
             runs[section]()
-    if arguments.out:
-        lines = (json.dumps(row | bench.context) + "\n" for row in bench.rows)
-        arguments.out.write_text("".join(lines))
     bench.table()
 
 
