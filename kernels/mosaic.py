@@ -15,7 +15,7 @@ SMEM_BYTES = 232_448  # what a CTA may have on Hopper
 SMEM_ROUNDING = 1024  # every scratch buffer starts on a multiple of this
 NUM_SMS = 132  # of an H100 SXM, H200 and H20; assumed where there is no GPU to ask
 LOADER_REGISTERS, MATH_REGISTERS = 40, 232  # of a thread, one loading and two math warpgroups
-ITEM = 8  # int32 of an item: 32 bytes, a sector
+COUNT = 7  # the last int32 of an item: with it, 32 bytes, a sector
 
 
 class Items(NamedTuple):
@@ -157,8 +157,19 @@ def num_sms() -> int:
     return getattr(jax.devices()[0], "core_count", NUM_SMS)
 
 
-def table(*columns: Any) -> jax.Array:
-    """Packs int32 arrays `[ctas, length]` into `i32[ctas, length, 8]`: an item a sector."""
-    xp = np if all(isinstance(c, np.ndarray) for c in columns) else jnp
-    rest = [xp.zeros_like(columns[0])] * (ITEM - len(columns))
-    return jnp.asarray(xp.stack([*columns, *rest], axis=-1))
+def table(items: Items, *columns: Any) -> jax.Array:
+    """Packs int32 arrays `[ctas, length]` into `i32[ctas, length, 8]`: an item a sector.
+
+    Its last column says how many items the CTA has: a CTA's first read tells it all, where a read
+    for the count and one for the item would cost the memory's latency twice.
+    """
+    xp = np if all(isinstance(c, np.ndarray) for c in (items.counts, *columns)) else jnp
+    counts = xp.broadcast_to(items.counts[:, None], items.row.shape)
+    rest = [xp.zeros_like(counts)] * (COUNT - len(columns))
+    return jnp.asarray(xp.stack([*columns, *rest, counts], axis=-1))
+
+
+def read(items: Any, cta: jax.Array, i: jax.Array, fields: int) -> list[jax.Array]:
+    """The first `fields` columns of item i, or of the last there is room for, in a kernel."""
+    i = jnp.minimum(i, items.shape[1] - 1)
+    return [items[cta, i, field] for field in range(fields)]

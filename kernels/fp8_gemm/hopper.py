@@ -48,9 +48,9 @@ def fp8_matmul(
         ctas=mosaic.num_sms() // t.cluster * t.cluster,
         group=t.group,
     )
-    table = mosaic.table(items.row, items.column)
+    table = mosaic.table(items, items.row, items.column)
     x, w = with_group_axis(x.with_scales_by_column()), with_group_axis(w)
-    return matmul(x, w, table, items.counts, out_dtype, t, masked=False)[0]
+    return matmul(x, w, table, out_dtype, t, masked=False)[0]
 
 
 def with_group_axis(q: QuantizedArray) -> QuantizedArray:
@@ -62,7 +62,6 @@ def matmul(
     x: QuantizedArray,
     w: QuantizedArray,
     table: jax.Array,
-    counts: jax.Array,
     out_dtype: jnp.dtype,
     t: Tuning,
     *,
@@ -81,7 +80,6 @@ def matmul(
         w.values,
         scales,
         table,
-        jnp.asarray(counts),
     )
 
 
@@ -103,25 +101,18 @@ def fp8_matmul_wgrad(
         group=(1, 1),
     )
     none = items.row * 0
-    table = mosaic.table(items.row, items.column, none, none, none + -(-m // BLOCK_K))
-    return wgrad(x_t, dy_t, accumulate, 1, table, items.counts, t).reshape(n, k)
+    table = mosaic.table(items, items.row, items.column, none, none, none + -(-m // BLOCK_K))
+    return wgrad(x_t, dy_t, accumulate, 1, table, t).reshape(n, k)
 
 
-def wgrad(x_t, dy_t, accumulate, groups, table, counts, t):
+def wgrad(x_t, dy_t, accumulate, groups, table, t):
     """Runs the weight gradient kernel on items; `[groups, n, k]`."""
     from whalejax.kernels.fp8_gemm.hopper_wgrad_kernel import Problem, build
 
     n, k = dy_t.shape[0], x_t.shape[0]
     p = Problem(groups=groups, n=n, k=k, accumulate=accumulate is not None)
     x_t, dy_t = x_t.with_scales_by_column(), dy_t.with_scales_by_column()
-    arguments = (
-        dy_t.values,
-        dy_t.stored_scales,
-        x_t.values,
-        x_t.stored_scales,
-        table,
-        jnp.asarray(counts),
-    )
+    arguments = dy_t.values, dy_t.stored_scales, x_t.values, x_t.stored_scales, table
     kernel = build(p, t, table.shape[0])
     if accumulate is None:
         return kernel(*arguments)

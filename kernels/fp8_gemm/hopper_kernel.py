@@ -33,17 +33,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, WARPGROUP_ROWS, Tuning
 from whalejax.kernels.mosaic import (
+    COUNT,
     LOADER_REGISTERS,
     MATH_REGISTERS,
     compiler_params,
     for_tma,
     next_slot,
     panel_columns,
+    read,
     transforms,
 )
 
 F32, E4M3 = jnp.float32, jnp.float8_e4m3fn
-ROW, COLUMN, GROUP, ROWS = range(4)  # columns of an item
+ROW, COLUMN, GROUP, ROWS = range(FIELDS := 4)  # columns of an item
 COPIES = 4  # that fill a slot: x, w, and the scales of both
 SCALES_AT_ONCE = 32  # of w, along K: TMA writes to multiples of 128 bytes
 
@@ -86,7 +88,6 @@ class Refs(NamedTuple):
     w: Any
     w_scales: Any
     items: Any
-    counts: Any
     out: Any
     X: Any
     W: Any
@@ -117,7 +118,7 @@ def num_scales(n: int, t: Tuning) -> int:
 
 
 def build(p: Problem, t: Tuning, ctas: int):
-    """The kernel as a function of x, its scales, w, its scales, items and counts."""
+    """The kernel as a function of x, its scales, w, its scales and items."""
 
     def body(*refs):
         refs = Refs(*refs)
@@ -172,11 +173,9 @@ def build(p: Problem, t: Tuning, ctas: int):
     )
 
 
-def num_k_of(p, refs, cta, i):
-    """K blocks of item i: none where it has no rows and is only filled with zeros."""
-    if not p.masked:
-        return p.num_k
-    return jnp.where(refs.items[cta, i, ROWS] > 0, p.num_k, 0)
+def num_k_of(p, rows):
+    """K blocks of an item: none where it has no rows and is only filled with zeros."""
+    return jnp.where(rows > 0, p.num_k, 0) if p.masked else p.num_k
 
 
 def load_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array) -> None:
@@ -185,12 +184,13 @@ def load_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array) -> None:
     peers = "peer" if t.cluster > 1 else None
     x_peers, w_peers = (peers, None) if t.share == "x" else (None, peers)
 
-    def item(i, g):
-        rows = pl.ds(refs.items[cta, i, ROW] * t.tile_m, t.tile_m)
-        first_column = refs.items[cta, i, COLUMN] * t.tile_n
+    def item(i, carry):
+        g, (row, column, group, filled) = carry
+        following = read(refs.items, cta, i + 1, FIELDS)  # known when it is needed
+        rows, first_column = pl.ds(row * t.tile_m, t.tile_m), column * t.tile_n
         columns = pl.ds(first_column, t.tile_n)
         blocks = pl.ds(lax.div(first_column, BLOCK_K), num_scales(p.n, t))
-        group = refs.items[cta, i, GROUP] if p.groups > 1 else 0
+        group = group if p.groups > 1 else 0
         x_group = group if p.x_groups > 1 else 0
 
         def block(j, g):
@@ -206,9 +206,10 @@ def load_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array) -> None:
             plgpu.copy_gmem_to_smem(w_scales, refs.WS.at[slot], full)
             return g + 1
 
-        return lax.fori_loop(0, num_k_of(p, refs, cta, i), block, g)
+        return lax.fori_loop(0, num_k_of(p, filled), block, g), following
 
-    g = lax.fori_loop(0, refs.counts[cta], item, 0)
+    start = 0, read(refs.items, cta, 0, FIELDS)
+    g, _ = lax.fori_loop(0, refs.items[cta, 0, COUNT], item, start)
     drain(t, refs, g)
 
 
@@ -262,9 +263,9 @@ def multiply_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array, wg: jax.Ar
             parts = segments(0, t)
             store(p, t, refs, cta, wg, i, parts, [zeros(parts)] * t.waves)
 
-        return lax.rem(slot + num_k_of(p, refs, cta, i), t.stages)
+        return lax.rem(slot + num_k_of(p, rows), t.stages)
 
-    lax.fori_loop(0, refs.counts[cta], item, 0)
+    lax.fori_loop(0, refs.items[cta, 0, COUNT], item, 0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -21,16 +21,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from whalejax.kernels.fp8_gemm.hopper_kernel import COPIES, drain
 from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, WARPGROUP_ROWS, WgradTuning
 from whalejax.kernels.mosaic import (
+    COUNT,
     LOADER_REGISTERS,
     MATH_REGISTERS,
     compiler_params,
     for_tma,
     next_slot,
+    read,
     transforms,
 )
 
 F32, E4M3 = jnp.float32, jnp.float8_e4m3fn
-ROW, COLUMN, GROUP, FIRST, BLOCKS = range(5)  # columns of an item
+ROW, COLUMN, GROUP, FIRST, BLOCKS = range(FIELDS := 5)  # columns of an item
 WARPGROUPS = 2
 PANEL = 32  # columns of the output that TMA swizzles together
 
@@ -57,7 +59,6 @@ class Refs(NamedTuple):
     x: Any
     x_scales: Any
     items: Any
-    counts: Any
     out: Any
     DY: Any
     X: Any
@@ -69,7 +70,7 @@ class Refs(NamedTuple):
 
 
 def build(p: Problem, t: WgradTuning, ctas: int):
-    """The kernel as a function of dy, its scales, x, its scales, items and counts.
+    """The kernel as a function of dy, its scales, x, its scales and items.
 
     Where `p.accumulate`, the output is one more argument, a mutable array.
     """
@@ -120,10 +121,10 @@ def load_items(p: Problem, t: WgradTuning, refs: Refs, cta: jax.Array) -> None:
     m = refs.dy.shape[1]
     DY, X = for_tma(refs.DY, p.n, m), for_tma(refs.X, p.k, m)
 
-    def item(i, g):
-        rows = pl.ds(refs.items[cta, i, ROW] * t.tile_m, t.tile_m)
-        columns = pl.ds(refs.items[cta, i, COLUMN] * t.tile_n, t.tile_n)
-        first = refs.items[cta, i, FIRST]
+    def item(i, carry):
+        g, (row, column, _, first, blocks) = carry
+        following = read(refs.items, cta, i + 1, FIELDS)  # known when it is needed
+        rows, columns = pl.ds(row * t.tile_m, t.tile_m), pl.ds(column * t.tile_n, t.tile_n)
 
         def block(j, g):
             slot = lax.rem(g, t.stages)  # carrying the slot itself is slower, here alone
@@ -135,9 +136,11 @@ def load_items(p: Problem, t: WgradTuning, refs: Refs, cta: jax.Array) -> None:
             plgpu.copy_gmem_to_smem(refs.x_scales.at[first + j, columns], refs.XS.at[slot], full)
             return g + 1
 
-        return lax.fori_loop(0, refs.items[cta, i, BLOCKS], block, g)
+        return lax.fori_loop(0, blocks, block, g), following
 
-    drain(t, refs, lax.fori_loop(0, refs.counts[cta], item, 0))
+    start = 0, read(refs.items, cta, 0, FIELDS)
+    g, _ = lax.fori_loop(0, refs.items[cta, 0, COUNT], item, start)
+    drain(t, refs, g)
 
 
 def multiply_items(p, t: WgradTuning, refs: Refs, cta: jax.Array, wg: jax.Array) -> None:
@@ -161,7 +164,7 @@ def multiply_items(p, t: WgradTuning, refs: Refs, cta: jax.Array, wg: jax.Array)
 
         return lax.rem(slot + blocks, t.stages)
 
-    lax.fori_loop(0, refs.counts[cta], item, 0)
+    lax.fori_loop(0, refs.items[cta, 0, COUNT], item, 0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -184,14 +187,13 @@ def multiply_item(t, refs, wg, slot, blocks):
             plgpu.barrier_wait(refs.full.at[following])
             by_row = plgpu.load(refs.DYS.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1))
             by_column = plgpu.load(refs.XS.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
-            return by_row, by_column, plgpu.wgmma_accumulator_load(acc)
+            scales = lax.broadcast_in_dim(by_row, total.shape, [0])
+            scales = scales * lax.broadcast_in_dim(by_column, total.shape, [1])
+            return scales, plgpu.wgmma_accumulator_load(acc)
 
-        by_row, by_column, product = pl.run_scoped(
-            multiply, plgpu.ACC((WARPGROUP_ROWS, t.tile_n), F32)
-        )
+        scales, product = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, t.tile_n), F32))
         plgpu.barrier_arrive(refs.empty.at[slot])
-        product = product * lax.broadcast_in_dim(by_row, product.shape, [0])
-        return following, total + product * lax.broadcast_in_dim(by_column, product.shape, [1])
+        return following, total + product * scales
 
     return lax.fori_loop(0, blocks, block, (slot, zeros(t)))[1]
 

@@ -55,9 +55,9 @@ def fp8_grouped_matmul(
     group = group_of_tiles(group_sizes, m // ALIGNMENT, ALIGNMENT)[row * t.tile_m // ALIGNMENT]
     filled = rows_of_tiles(group_sizes, m // ALIGNMENT, ALIGNMENT)[row * t.tile_m // ALIGNMENT]
     filled = jnp.clip(filled - row * t.tile_m % ALIGNMENT, 0, t.tile_m)
-    table = mosaic.table(items.row, items.column, group, filled)
+    table = mosaic.table(items, items.row, items.column, group, filled)
     x = with_group_axis(x.with_scales_by_column())
-    return matmul(x, w, table, items.counts, out_dtype, t, masked=True)[0]
+    return matmul(x, w, table, out_dtype, t, masked=True)[0]
 
 
 def fp8_masked_matmul(
@@ -84,8 +84,8 @@ def fp8_masked_matmul(
     group = group_of_tiles(tiles, groups * most, 1)[items.row]
     row = items.row - exclusive_cumsum(tiles)[group]
     filled = jnp.clip(counts[group] - row * t.tile_m, 0, t.tile_m)
-    table = mosaic.table(row, items.column, group, filled)
-    return matmul(x, w, table, items.counts, out_dtype, t, masked=True)
+    table = mosaic.table(items, row, items.column, group, filled)
+    return matmul(x, w, table, out_dtype, t, masked=True)
 
 
 def tuned(
@@ -128,7 +128,6 @@ def fp8_grouped_matmul_wgrad(
     )
     group = items.row // rows
     blocks = aligned(group_sizes, ALIGNMENT) // BLOCK_K
-    table = mosaic.table(
-        items.row % rows, items.column, group, exclusive_cumsum(blocks)[group], blocks[group]
-    )
-    return wgrad(x_t, dy_t, None, groups, table, items.counts, t)
+    first = exclusive_cumsum(blocks)[group]
+    table = mosaic.table(items, items.row % rows, items.column, group, first, blocks[group])
+    return wgrad(x_t, dy_t, None, groups, table, t)

@@ -105,12 +105,14 @@ def test_rows_known_on_the_device_are_dealt_alike(columns, width, clusters, grou
 
 def test_a_table_holds_an_item_in_a_sector():
     row, column = np.arange(6, dtype=np.int32).reshape(2, 3), np.ones((2, 3), np.int32)
+    items = mosaic.Items(row, column, np.asarray([3, 2], np.int32))
     for columns in ((row, column), (row, jnp.asarray(column))):
-        table = mosaic.table(*columns)
+        table = mosaic.table(items, *columns)
         assert table.shape == (2, 3, 8) and table.dtype == jnp.int32
         np.testing.assert_array_equal(table[..., 0], row)
         np.testing.assert_array_equal(table[..., 1], column)
-        assert not np.asarray(table[..., 2:]).any()
+        assert not np.asarray(table[..., 2:7]).any()
+        np.testing.assert_array_equal(table[:, 0, 7], items.counts)
 
 
 @pytest.mark.parametrize(
