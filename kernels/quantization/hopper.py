@@ -8,7 +8,7 @@ from whalejax.kernels.backend import mosaic_unusable, no_gpu
 from whalejax.kernels.groups import ALIGNMENT, rows_of_tiles
 from whalejax.kernels.quantization.array import QuantizedArray
 
-ROW = (1, 128)
+ROW, SQUARE = (1, 128), (128, 128)
 
 
 def unusable() -> str | None:
@@ -20,8 +20,6 @@ def why_not(op: str, arrays: tuple, *static) -> str | None:
     """Says why the kernel of `op` cannot run these arguments, None if it can."""
     if op == "swiglu_gradient":
         return "XLA computes it in one pass already: there is no kernel"
-    if op == "quantize" and static[0] != ROW:
-        return f"the kernel has tiles of {ROW}, not {static[0]}"
     if op in ("quantize_transposed", "quantize_both") and arrays[0].dtype != jnp.bfloat16:
         return f"the kernel transposes bfloat16, not {arrays[0].dtype}"
     return mosaic_unusable()
@@ -30,8 +28,12 @@ def why_not(op: str, arrays: tuple, *static) -> str | None:
 def quantize(x: jax.Array, tile: tuple[int, int], power_of_two: bool) -> QuantizedArray:
     """See `quantization.api.quantize`."""
     *leading, m, k = x.shape
-    values, scales = _run(x.reshape(-1, m, k), None, k=k, power_of_two=power_of_two)
-    return _by_column(values.reshape(x.shape), scales.reshape(*leading, *scales.shape[1:]))
+    options = {}
+    if tile == SQUARE:
+        options = {"square": True, "warpgroups": 2, "depth": 2 if x.dtype == jnp.bfloat16 else 1}
+    values, scales = _run(x.reshape(-1, m, k), None, k=k, power_of_two=power_of_two, **options)
+    values, scales = values.reshape(x.shape), scales.reshape(*leading, *scales.shape[1:])
+    return _by_column(values, scales) if tile == ROW else QuantizedArray(values, scales, tile)
 
 
 def quantize_transposed(

@@ -11,8 +11,9 @@ warpgroup   load n+1 ........................   load n+2
 
 A block is 128 columns of 64 or 128 rows. For scales along the rows it is read as it lies, for
 scales along the tokens through a transposed view of the same SMEM: either way a row of 128 numbers
-that share a scale lies in the registers of four neighbouring threads. Partial last blocks need no
-care: TMA fills what lies outside with zeros and stores only what lies inside.
+that share a scale lies in the registers of four neighbouring threads. Where a whole block of 128 by
+128 shares one, the rows' largest magnitudes meet in SMEM. Partial last blocks need no care: TMA
+fills what lies outside with zeros and stores only what lies inside.
 """
 
 import dataclasses
@@ -41,6 +42,7 @@ class Plan:
       dtype: of the input.
       swiglu: the input is `[groups, m, 2 k]`, and SwiGLU of it is quantised.
       along: whether there is an output with scales along k.
+      square: that output has a scale a block of 128 x 128 instead.
       transposed: whether there is an output `[k, padded m]` with scales along m; one group then.
       masked: rows past a block's count are zero in the transposed output.
       power_of_two: scales are powers of two.
@@ -53,6 +55,7 @@ class Plan:
     dtype: Any
     swiglu: bool = False
     along: bool = True
+    square: bool = False
     transposed: bool = False
     masked: bool = False
     power_of_two: bool = False
@@ -62,7 +65,7 @@ class Plan:
     @property
     def rows(self) -> int:
         """Rows of a block."""
-        return BLOCK if self.transposed else HALF
+        return BLOCK if self.transposed or self.square else HALF
 
     @property
     def panel(self) -> int:
@@ -78,9 +81,10 @@ class Plan:
     def outputs(self) -> list[jax.ShapeDtypeStruct]:
         """Values and scales along k, then values and scales along m, as far as they are wanted."""
         blocks_m, blocks_k = -(-self.m // BLOCK), -(-self.k // BLOCK)
+        by_block, by_row = (blocks_m, blocks_k), (blocks_k, blocks_m * BLOCK)
         along = [
             ((self.groups, self.m, self.k), E4M3),
-            ((self.groups, blocks_k, blocks_m * BLOCK), F32),
+            ((self.groups, *(by_block if self.square else by_row)), F32),
         ]
         transposed = [((self.k, blocks_m * BLOCK), E4M3), ((blocks_m, blocks_k * BLOCK), F32)]
         wanted = along * self.along + transposed * self.transposed
@@ -182,7 +186,10 @@ def work(p: Plan, refs: Refs, ctas: int) -> None:
         slot = lax.rem(i, p.depth)
         plgpu.barrier_wait(refs.full.at[wg * p.depth + slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        quantise_block(p, refs, wg, slot, *place(i))
+        if p.square:
+            quantise_square(p, refs, wg, slot, *place(i))
+        else:
+            quantise_block(p, refs, wg, slot, *place(i))
         plgpu.commit_smem()  # the block has been read, too
         store_block(p, refs, wg, *place(i))
 
@@ -216,6 +223,24 @@ def quantise_block(p, refs, wg, slot, group, row, column):
             _round(p, values, refs.OUT_T.at[wg, columns], refs.SCALES_T.at[wg, columns])
 
 
+def quantise_square(p, refs, wg, slot, group, row, column):
+    """From the ring to SMEM's copy of the output, one scale for all of the block.
+
+    The block is read twice from SMEM: as float32 it would fill half of the registers.
+    """
+    X = refs.X.at[wg, slot, 0]
+    halves = [pl.ds(half * HALF, HALF) for half in range(BLOCK // HALF)]
+    largest = [jnp.max(jnp.abs(_read_rows(p, X, rows)), axis=1) for rows in halves]
+    # each thread of a row holds its largest: through SMEM every thread gets those of all rows
+    meeting = refs.SCALES.at[wg, halves[0]]
+    meeting[...] = jnp.maximum(*largest)
+    plgpu.commit_smem()
+    scale = _scale(p, jnp.max(plgpu.load(meeting, layout=plgpu.Layout.WGMMA.reduce(0))))
+    for rows in halves:
+        refs.OUT[wg, rows] = (_read_rows(p, X, rows) * (1 / scale)).astype(E4M3)
+    refs.scales[group, lax.div(row, BLOCK), column] = scale
+
+
 def _read_rows(p, panels, rows):
     """64 rows of 128 numbers."""
     pieces = [_read(panels.at[panel, rows]) for panel in range(BLOCK // p.panel)]
@@ -228,13 +253,19 @@ def _read(ref):
 
 def _round(p, values, out, scales):
     """Rounds 64 rows of 128 numbers, each with a scale of its own."""
-    scale = jnp.maximum(jnp.max(jnp.abs(values), axis=1), MIN_AMAX) / LIMIT
-    if p.power_of_two:
-        bits = lax.bitcast_convert_type(scale, jnp.int32)
-        up = lax.bitcast_convert_type((bits + MANTISSA) & ~MANTISSA, F32)
-        scale = jnp.where(scale < jnp.inf, up, scale)
+    scale = _scale(p, jnp.max(jnp.abs(values), axis=1))
     out[...] = (values * lax.broadcast_in_dim(1 / scale, values.shape, [0])).astype(E4M3)
     scales[...] = scale
+
+
+def _scale(p, largest):
+    """The scale of numbers whose largest magnitude is given."""
+    scale = jnp.maximum(largest, MIN_AMAX) / LIMIT
+    if not p.power_of_two:
+        return scale
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    up = lax.bitcast_convert_type((bits + MANTISSA) & ~MANTISSA, F32)
+    return jnp.where(scale < jnp.inf, up, scale)
 
 
 def store_block(p, refs, wg, group, row, column):
@@ -243,7 +274,8 @@ def store_block(p, refs, wg, group, row, column):
     if p.along:
         rows = pl.ds(row, p.rows)
         plgpu.copy_smem_to_gmem(flat(refs.OUT).at[wg], refs.out.at[group, rows, columns])
-        plgpu.copy_smem_to_gmem(refs.SCALES.at[wg], refs.scales.at[group, column, rows])
+        if not p.square:
+            plgpu.copy_smem_to_gmem(refs.SCALES.at[wg], refs.scales.at[group, column, rows])
     if p.transposed:
         plgpu.copy_smem_to_gmem(flat(refs.OUT_T).at[wg], refs.out_t.at[columns, pl.ds(row, BLOCK)])
         scales = refs.scales_t.at[lax.div(row, BLOCK), columns]

@@ -222,6 +222,8 @@ def rows(m=200, k=272, dtype=BF16):
         ("quantize", lambda: [rows()], [(1, 128), True]),
         ("quantize", lambda: [rows(130, dtype=F32).reshape(2, 65, 272)], [(1, 128), True]),
         ("quantize", lambda: [rows(10, 16)], [(1, 128), False]),
+        ("quantize", lambda: [rows()], [WEIGHT, False]),
+        ("quantize", lambda: [rows(390, 144, F32).reshape(2, 195, 144)], [WEIGHT, True]),
         ("quantize_transposed", lambda: [rows(), None], [True]),
         ("quantize_transposed", lambda: [rows(256, 144), SIZES], [False]),
         ("quantize_both", lambda: [rows(129, 144), None], [False]),
@@ -232,6 +234,8 @@ def rows(m=200, k=272, dtype=BF16):
         "power_of_two",
         "float32",
         "narrow",
+        "weight",
+        "weight-float32",
         "transposed",
         "transposed-masked",
         "both",
@@ -295,6 +299,10 @@ def test_runs_are_identical(interpret):
             lambda: [normal(0, 130, 272, dtype=BF16)],
         ),
         (
+            lambda x: quantization_hopper.quantize(x, WEIGHT, False),
+            lambda: [normal(0, 300, 272, dtype=BF16)],
+        ),
+        (
             lambda x: quantization_hopper.quantize_both(x, None, False),
             lambda: [normal(0, 130, 272, dtype=BF16)],
         ),
@@ -311,7 +319,14 @@ def test_runs_are_identical(interpret):
             lambda: quantized_tokens(normal(0, 300, 144), normal(1, 300, 144)),
         ),
     ],
-    ids=["quantize", "quantize_both", "matmul-cluster", "matmul-waves", "weight-gradient"],
+    ids=[
+        "quantize",
+        "quantize-weight",
+        "quantize_both",
+        "matmul-cluster",
+        "matmul-waves",
+        "weight-gradient",
+    ],
 )
 def test_there_are_no_races(interpret, capfd, monkeypatch, function, arguments):
     """Arrivals are fenced here, in the interpreter's memory model alone.
@@ -362,7 +377,7 @@ LOWERED = {  # the function, its arguments, and how many kernels it takes
     "quantize-one-row": (quantize, shapes((1, 16)), 1),
     "quantize-float32": (quantize, shapes((257, 272), dtype=F32), 1),
     "quantize-leading-axes": (quantize, shapes((2, 3, 65, 272)), 1),
-    "quantize-weight": (functools.partial(quantize, tile=WEIGHT), shapes((200, 272)), 0),
+    "quantize-weight": (functools.partial(quantize, tile=WEIGHT), shapes((200, 272)), 1),
     "quantize-transposed": (quantize_transposed, shapes((257, 272)), 1),
     "quantize-transposed-float32": (quantize_transposed, shapes((257, 272), dtype=F32), 0),
     "quantize-both": (quantization.quantize_both, shapes((257, 272)), 1),

@@ -272,10 +272,6 @@ def test_arguments_that_do_not_fit_are_printed(call, says):
     ("call", "says"),
     [
         (lambda how: quantize(jnp.ones((4, 16)), implementation=how), "CUDA GPU|jax>="),
-        (
-            lambda how: quantize(jnp.ones((4, 16)), (128, 128), implementation=how),
-            r"not \(128, 128\)",
-        ),
         (lambda how: quantize_both(jnp.ones((4, 16)), implementation=how), "not float32"),
         (lambda how: swiglu_gradient(jnp.ones((4, 64)), jnp.ones((4, 32)), implementation=how),
          "there is no kernel"),
