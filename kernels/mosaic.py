@@ -66,7 +66,7 @@ def deal(rows: Any, columns: int, *, max_rows: int, width: int, ctas: int, group
     peer = np.arange(down * across, dtype=np.int32)[None, :, None]
     row = row[:, None] * down + (peer if down > 1 else 0 * peer)
     column = column[:, None] * across + (peer if across > 1 else 0 * peer)
-    counts = xp.sum(i < total, axis=1)
+    counts = xp.maximum(total - np.arange(clusters, dtype=np.int32) + clusters - 1, 0) // clusters
     each = xp.repeat(counts, down * across)
     as_rows = (ctas, length)
     return Items(

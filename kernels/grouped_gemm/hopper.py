@@ -16,8 +16,8 @@ from whalejax.kernels.groups import (
     ALIGNMENT,
     aligned,
     exclusive_cumsum,
-    group_of_tiles,
-    rows_of_tiles,
+    group_of_rows,
+    rows_left,
 )
 from whalejax.kernels.quantization import QuantizedArray
 
@@ -51,10 +51,9 @@ def fp8_grouped_matmul(
         ctas=mosaic.num_sms() // t.cluster * t.cluster,
         group=t.group,
     )
-    row = jnp.minimum(items.row, num_tiles - 1)
-    group = group_of_tiles(group_sizes, m // ALIGNMENT, ALIGNMENT)[row * t.tile_m // ALIGNMENT]
-    filled = rows_of_tiles(group_sizes, m // ALIGNMENT, ALIGNMENT)[row * t.tile_m // ALIGNMENT]
-    filled = jnp.clip(filled - row * t.tile_m % ALIGNMENT, 0, t.tile_m)
+    first = items.row * t.tile_m
+    group = group_of_rows(group_sizes, first, ALIGNMENT)
+    filled = jnp.clip(rows_left(group_sizes, first, ALIGNMENT), 0, t.tile_m)
     table = mosaic.table(items, items.row, items.column, group, filled)
     x = with_group_axis(x.with_scales_by_column())
     return matmul(x, w, table, out_dtype, t, masked=True)[0]
@@ -81,7 +80,7 @@ def fp8_masked_matmul(
         ctas=mosaic.num_sms() // t.cluster * t.cluster,
         group=t.group,
     )
-    group = group_of_tiles(tiles, groups * most, 1)[items.row]
+    group = group_of_rows(tiles, items.row, 1)
     row = items.row - exclusive_cumsum(tiles)[group]
     filled = jnp.clip(counts[group] - row * t.tile_m, 0, t.tile_m)
     table = mosaic.table(items, row, items.column, group, filled)

@@ -425,11 +425,11 @@ LOWERED = {  # the function, its arguments, and how many kernels it takes
         [fp8(200, 512), fp8(257, 512), GROUPS],
         1,
     ),
-    "linear": (value_and_gradient(fp8_gemm.fp8_linear), shapes((257, 272), (208, 272)), 5),
+    "linear": (value_and_gradient(fp8_gemm.fp8_linear), shapes((257, 272), (208, 272)), 6),
     "grouped-linear": (
         value_and_gradient(grouped_gemm.fp8_grouped_linear),
         [*shapes((512, 272), (4, 208, 272)), GROUPS],
-        5,
+        6,
     ),
 }
 
