@@ -58,11 +58,7 @@ def deal(rows: Any, columns: int, *, max_rows: int, width: int, ctas: int, group
     # the item of turn t of cluster c is number t * clusters + c
     i = np.arange(length, dtype=np.int32)[None] * clusters
     i = i + np.arange(clusters, dtype=np.int32)[:, None]
-    band, inside = i // (width * cluster_columns), i % (width * cluster_columns)
-    in_band = xp.maximum(xp.minimum(width, cluster_rows - band * width), 1)
-    column = inside // in_band
-    column = xp.where(band % 2 == 1, cluster_columns - 1 - column, column)
-    row = band * width + inside % in_band
+    row, column = place(i, cluster_rows, cluster_columns, width, xp)
     peer = np.arange(down * across, dtype=np.int32)[None, :, None]
     row = row[:, None] * down + (peer if down > 1 else 0 * peer)
     column = column[:, None] * across + (peer if across > 1 else 0 * peer)
@@ -74,6 +70,15 @@ def deal(rows: Any, columns: int, *, max_rows: int, width: int, ctas: int, group
         column.reshape(as_rows).astype(np.int32),
         each.astype(np.int32),
     )
+
+
+def place(i: Any, rows: Any, columns: int, width: int, xp: Any = jnp) -> tuple[Any, Any]:
+    """Row and column of the i-th tile, or cluster of tiles, in a grid; see `deal`."""
+    band, inside = i // (width * columns), i % (width * columns)
+    in_band = xp.maximum(xp.minimum(width, rows - band * width), 1)
+    column = inside // in_band
+    column = xp.where(band % 2 == 1, columns - 1 - column, column)
+    return band * width + inside % in_band, column
 
 
 def transforms(columns: int, dtype: Any) -> tuple:

@@ -40,6 +40,7 @@ from whalejax.kernels.mosaic import (
     for_tma,
     next_slot,
     panel_columns,
+    place,
     read,
     transforms,
 )
@@ -55,7 +56,8 @@ class Problem:
     """Sizes: x `[x_groups, m, k]` times w `[groups, n, k]`.
 
     Attributes:
-      masked: rows past an item's count are stored as zeros.
+      masked: items say how many of their rows count; the others are stored as zeros. Without,
+        items are all the tiles of one matrix, dealt by `mosaic.deal`.
     """
 
     x_groups: int
@@ -173,6 +175,26 @@ def build(p: Problem, t: Tuning, ctas: int):
     )
 
 
+def first_item(p: Problem, t: Tuning, refs: Refs, cta: jax.Array) -> tuple:
+    """How many items a CTA has, and its first.
+
+    Where all tiles are items, computed: before it knows them a CTA can load nothing, and the table
+    is likely to have left the L2 since the last call, a microsecond away.
+    """
+    if p.masked:
+        return refs.items[cta, 0, COUNT], read(refs.items, cta, 0, FIELDS)
+    down, across = t.group
+    rows, columns = -(-p.m // (t.tile_m * down)), -(-p.n // (t.tile_n * across))
+    cluster, clusters = lax.axis_index("cluster"), lax.axis_size("cluster")
+    row, column = place(cluster, rows, columns, t.width)
+    if t.cluster > 1:
+        peer = lax.axis_index("peer")
+        row = row * down + peer if down > 1 else row
+        column = column * across + peer if across > 1 else column
+    count = jnp.maximum(rows * columns - cluster + clusters - 1, 0) // clusters
+    return count, [row, column, 0, 0]
+
+
 def num_k_of(p, rows):
     """K blocks of an item: none where it has no rows and is only filled with zeros."""
     return jnp.where(rows > 0, p.num_k, 0) if p.masked else p.num_k
@@ -208,8 +230,8 @@ def load_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array) -> None:
 
         return lax.fori_loop(0, num_k_of(p, filled), block, g), following
 
-    start = 0, read(refs.items, cta, 0, FIELDS)
-    g, _ = lax.fori_loop(0, refs.items[cta, 0, COUNT], item, start)
+    count, first = first_item(p, t, refs, cta)
+    g, _ = lax.fori_loop(0, count, item, (0, first))
     drain(t, refs, g)
 
 
