@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 TINY = 1e-40  # a denormal float32
 OUTLIER = 1000.0  # how much larger an outlying channel of the activations is
@@ -78,20 +79,26 @@ WGRAD_CASES = (
     WgradCase(m=4096, n=32, k=48, accumulate=True),
 )
 
-# The linear layers of DeepSeek-V3 and -V2 at prefill, a square, and decode, as DeepGEMM times them.
+# N and K of linear layers of DeepSeek-V3, then of V2-Lite.
+LAYERS = (
+    (2112, 7168),
+    (576, 7168),
+    (24576, 1536),
+    (32768, 512),
+    (7168, 16384),
+    (4096, 7168),
+    (7168, 2048),
+    (3072, 2048),
+    (4096, 512),
+    (2048, 2048),
+    (21888, 2048),
+    (2048, 10944),
+    (2816, 2048),
+    (2048, 1408),
+)
+# DeepSeek-V3's at prefill, a square, and decode, as DeepGEMM times them.
 BENCHMARK_CASES = (
-    *(
-        Case(m=4096, n=n, k=k)
-        for n, k in (
-            (2112, 7168),
-            (576, 7168),
-            (24576, 1536),
-            (32768, 512),
-            (7168, 16384),
-            (4096, 7168),
-            (7168, 2048),
-        )
-    ),
+    *(Case(m=4096, n=n, k=k) for n, k in LAYERS[:7]),
     Case(m=8192, n=8192, k=8192),
     *(
         Case(m=m, n=n, k=k)
@@ -104,6 +111,19 @@ WGRAD_BENCHMARK_CASES = (
     WgradCase(m=4096, n=4096, k=7168),
     WgradCase(m=8192, n=8192, k=8192),
 )
+
+
+def random_cases(number: int, seed: int = 0) -> tuple[Case, ...]:
+    """Shapes near those of the real models: M from 1 to 8192, N and K up to a tile away."""
+    rng = np.random.default_rng(seed)
+    return tuple(
+        Case(
+            m=int(2 ** rng.uniform(0, 13)),
+            n=max(16, n + 16 * int(rng.integers(-8, 9))),
+            k=max(16, k + 16 * int(rng.integers(-8, 9))),
+        )
+        for n, k in rng.permutation(np.resize(LAYERS, (number, 2))).tolist()
+    )
 
 
 @functools.partial(jax.jit, static_argnames="case")

@@ -144,18 +144,23 @@ def candidates(m: int, n: int, out_itemsize: int) -> list[Tuning]:
 
 
 def explored(m: int, n: int, out_itemsize: int) -> list[Tuning]:
-    """What a tuning run looks at beside `candidates`: clusters, and tiles of 256 rows."""
-    found: list[Tuning | None] = []
-    for cluster, share in ((1, "w"), (2, "w"), (2, "x")):
-        shared = {"cluster": cluster, "share": share}
-        if m > 128:
-            found += [
-                deepest(out_itemsize, tile_m=256, tile_n=tile_n, **shared) for tile_n in (96, 128)
-            ]
-        if cluster > 1:
-            tile_m, widths = (64, (56, 64, 96)) if m <= 64 else (128, (64, 128, 192))
-            found += [deepest(out_itemsize, tile_m=tile_m, tile_n=w, **shared) for w in widths]
-    return [t for t in found if t is not None]
+    """What a tuning run looks at beside `candidates`: clusters, and tiles of other heights."""
+    heights: dict[int, tuple[int, ...]] = {}
+    if m <= 256:
+        heights[64] = (32, 48, 56, 64, 96)
+    if m > 64:
+        heights[128] = (32, 64) if m <= 128 else (128, 192)
+    if m > 128:
+        heights[256] = (96, 128)
+    known = candidates(m, n, out_itemsize)
+    found = [
+        deepest(out_itemsize, tile_m=tile_m, tile_n=tile_n, cluster=cluster, share=share)
+        for tile_m, widths in heights.items()
+        for tile_n in widths
+        for cluster, share in ((1, "w"), (2, "w"), (2, "x"))
+        if not (share == "w" and cluster > 1 and m <= tile_m)  # one row of tiles: nothing to share
+    ]
+    return [t for t in found if t is not None and t not in known]
 
 
 def deepest(out_itemsize: int, **sizes: Any) -> Tuning | None:

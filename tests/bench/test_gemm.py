@@ -1,10 +1,12 @@
 import json
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from whalejax.bench import gemm, timing
-from whalejax.kernels.fp8_gemm.cases import Case
+from whalejax.kernels.fp8_gemm.cases import LAYERS, Case, random_cases
 
 
 def rows_of(capsys):
@@ -16,15 +18,18 @@ def test_prints_a_row_of_each_and_a_table_last(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gemm, "SMALL", (Case(m=8, n=24, k=48),))
     monkeypatch.setattr(gemm, "measure", lambda found, **_: timing.measure(found, calls=1))
     out = tmp_path / "rows.jsonl"
-    gemm.main(["--sections", "dense", "wgrad", "masked", "--rounds", "1", "--out", str(out)])
+    sections = ["dense", "random", "wgrad", "kgrouped", "mlp", "masked"]
+    gemm.main(["--sections", *sections, "--rounds", "1", "--out", str(out)])
     rows, lines = rows_of(capsys)
-    assert [row["op"] for row in rows] == ["dense", "wgrad", "wgrad", "masked"]
+    twice = ["wgrad", "kgrouped", "mlp"]
+    assert [row["op"] for row in rows] == sorted(sections + twice, key=sections.index)
     for row in rows:
-        assert "--sections dense wgrad" in row["command"]
+        assert "--sections dense random" in row["command"]
         assert row["burst_us"] > 0 and row["sustained_us"] > 0
         assert {"timer", "device", "versions", "command", "burst_tflops"} <= row.keys()
     # XLA's float32 product rounded to bfloat16: 2^-9 a number, and less in the norm of a row
     assert 0 < rows[0]["worst_row_error"] < 2**-8
+    assert rows[4]["worst_row_error"] < 2**-20  # float32
     assert lines[-1].startswith("masked") and lines[-1].endswith("TFLOP/s")
     assert out.read_text().splitlines() == [line for line in lines if line.startswith("{")]
 
@@ -40,6 +45,31 @@ def test_worst_row_sees_one_wrong_row():
     assert gemm.worst_row(wanted, wanted) == 0
     assert gemm.worst_row(wanted.at[2, 0].set(0), wanted) == pytest.approx(8**-0.5)
     assert gemm.worst_row(wanted.at[3, 0].set(1), wanted) == float("inf")  # should be zero
+
+
+def test_an_expert_has_the_gradients_of_swiglu():
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((5, 16), (24, 16), (16, 12), (5, 16))
+    x, w_gate_up, w_down, dy = (
+        jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)
+    )
+
+    def loss(x, w_gate_up, w_down):
+        hidden = jax.nn.silu(x @ w_gate_up[:12].T) * (x @ w_gate_up[12:].T)
+        return jnp.vdot(dy, hidden @ w_down.T)
+
+    _, gradients = gemm.expert_mlp(lambda x, w: x @ w.T, x, w_gate_up, w_down, dy)
+    wanted = jax.grad(loss, argnums=(0, 1, 2))(x, w_gate_up, w_down)
+    for actual, expected in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_random_shapes_are_those_that_the_kernels_take():
+    found = random_cases(20)
+    assert len(set(found)) == 20 and found == random_cases(20)
+    for case in found:
+        assert 1 <= case.m <= 8192 and case.n % 16 == case.k % 16 == 0
+        assert any(abs(case.n - n) <= 128 and abs(case.k - k) <= 128 for n, k in LAYERS)
 
 
 def test_candidates_take_turns_with_all_their_arguments():

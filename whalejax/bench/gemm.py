@@ -1,7 +1,8 @@
 """Times the FP8 matmuls and quantisers, beside their peers, all with one clock.
 
 `python -m whalejax.bench.gemm` prints one JSON line per row and a short table last. Sections:
-ceilings (copy bandwidth, cuBLAS in bf16), dense, wgrad, contiguous, masked, kgrouped, quantise.
+ceilings (copy bandwidth, cuBLAS in bf16), dense, random (20 shapes near the real ones), wgrad,
+contiguous, masked, kgrouped, quantise, mlp (an expert of DeepSeek-V3, both directions).
 `--tune` measures the tunings of every dense case and stores the best in the user's table, which the
 kernels read before they ask the cost model. Peers (`whalejax.bench.peers`) appear where they are
 installed.
@@ -33,6 +34,7 @@ SMALL = (dense_cases.Case(m=64, n=256, k=512), dense_cases.Case(m=256, n=384, k=
 TUNED_CANDIDATES = 8  # by the cost model, of each shape
 COPY_ELEMENTS = 2**29  # bfloat16: 1 GiB
 QUANTISED = (8192, 7168)  # tokens and hidden size of DeepSeek-V3
+EXPERT = (4096, 7168, 2048)  # tokens, hidden size and width of an expert
 
 
 class Bench:
@@ -89,6 +91,17 @@ class Bench:
 
 
 KINDS = ("burst", "sustained")
+SECTIONS = (
+    "ceilings",
+    "dense",
+    "random",
+    "wgrad",
+    "contiguous",
+    "masked",
+    "kgrouped",
+    "quantise",
+    "mlp",
+)
 
 
 def worst_row(actual: jax.Array, wanted: jax.Array) -> float:
@@ -116,7 +129,7 @@ def ceilings(bench: Bench) -> None:
     bench.time("ceiling", f"{size}x{size}x{size}", [matmul], flops=2 * size**3)
 
 
-def dense(bench: Bench, cases: tuple) -> None:
+def dense(bench: Bench, cases: tuple, op: str = "dense") -> None:
     """`fp8_matmul` beside cuBLASLt and DeepGEMM."""
     for case in cases:
         x, w = dense_inputs(case)
@@ -128,7 +141,7 @@ def dense(bench: Bench, cases: tuple) -> None:
         error = worst_row(found[0].call(x, w), wanted)
         moved = case.m * case.k + case.n * case.k + 2 * case.m * case.n
         bench.time(
-            "dense",
+            op,
             f"{case.m}x{case.n}x{case.k}",
             found,
             flops=case.flops,
@@ -161,7 +174,11 @@ def wgrad(bench: Bench, cases: tuple) -> None:
         bench.time(
             "wgrad",
             str(case),
-            [found, ours(fp8_gemm.fp8_matmul, rotate(forward), "whalejax forward")],
+            [
+                found,
+                ours(fp8_gemm.fp8_matmul, rotate(forward), "whalejax forward"),
+                *_on_gpu(peers.wgrad, sets),
+            ],
             flops=case.flops,
             errors={"whalejax": worst_row(found.call(x_t, dy_t), wanted)},
         )
@@ -210,7 +227,7 @@ def masked(bench: Bench, cases: tuple) -> None:
 
 
 def kgrouped(bench: Bench, cases: tuple) -> None:
-    """`fp8_grouped_matmul_wgrad`."""
+    """`fp8_grouped_matmul_wgrad`, beside DeepGEMM and our forward pass of as many operations."""
     for case in cases:
         sizes = jnp.asarray(case.sizes, jnp.int32)
         rows = int(sum(-(-size // 128) * 128 for size in case.sizes))
@@ -221,10 +238,17 @@ def kgrouped(bench: Bench, cases: tuple) -> None:
             )
             for key, width in zip(keys, (case.k, case.n), strict=True)
         )
+        sets = rotate((*operands, sizes))
+        wanted = jax.jit(grouped_reference.fp8_grouped_matmul_wgrad)(*operands, sizes)
+        found = ours(grouped_gemm.fp8_grouped_matmul_wgrad, sets)
+        error = worst_row(found.call(*operands, sizes), wanted)
+        x, w = grouped_inputs((rows, case.k), (len(case.sizes), case.n, case.k))
+        forward = ours(grouped_gemm.fp8_grouped_matmul, rotate((x, w, sizes)), "whalejax forward")
         bench.time(
             "kgrouped",
             f"{len(case.sizes)} groups {rows}x{case.n}x{case.k}",
-            [ours(grouped_gemm.fp8_grouped_matmul_wgrad, rotate((*operands, sizes)))],
+            [found, forward, *_on_gpu(peers.kgrouped, sets, sizes)],
+            errors={"whalejax": error},
             flops=2 * sum(case.sizes) * case.n * case.k,
         )
 
@@ -256,6 +280,39 @@ def quantise(bench: Bench) -> None:
         ("swiglu gradient", quantization.swiglu_gradient, rotate((x, d_hidden)), 5 * size),
     ):
         bench.time("quantise", f"{m}x{k}", [ours(f, arguments, name)], moved=moved)
+
+
+def expert_mlp(linear: Callable, x, w_gate_up, w_down, dy) -> tuple:
+    """An expert's output, and the gradients of its input and weights."""
+
+    def forward(x, w_gate_up, w_down):
+        gate, up = jnp.split(linear(x, w_gate_up), 2, axis=-1)
+        return linear(jax.nn.silu(gate) * up, w_down)
+
+    y, pull = jax.vjp(forward, x, w_gate_up, w_down)
+    return y, pull(dy)
+
+
+def mlp(bench: Bench) -> None:
+    """One expert forward and backward: FP8 with its quantisers, beside XLA in bf16."""
+    m, hidden, width = EXPERT if jax.default_backend() == "gpu" else (256, 384, 128)
+    shapes = ((m, hidden), (2 * width, hidden), (hidden, width), (m, hidden))
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    arguments = tuple(
+        jax.random.normal(key, shape, jnp.bfloat16) * shape[1] ** -0.5
+        for key, shape in zip(keys, shapes, strict=True)
+    )
+
+    def bf16(x, w):
+        return jnp.einsum("mk,nk->mn", x, w)
+
+    sets = rotate(arguments)
+    found = [
+        ours(functools.partial(expert_mlp, linear), sets, name)
+        for name, linear in (("whalejax fp8", fp8_gemm.fp8_linear), ("xla bf16", bf16))
+    ]
+    flops = 3 * 2 * m * hidden * 3 * width
+    bench.time("mlp", f"{m}x{hidden}x{width}", found, flops=flops)
 
 
 def tuned_matmul(x, w, tuning):
@@ -294,8 +351,7 @@ def tune(bench: Bench, cases: tuple) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the sections that were asked for."""
     parser = argparse.ArgumentParser(prog="python -m whalejax.bench.gemm", description=__doc__)
-    sections = ("ceilings", "dense", "wgrad", "contiguous", "masked", "kgrouped", "quantise")
-    parser.add_argument("--sections", nargs="+", choices=sections, default=sections)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--tune", action="store_true", help="measure and store tunings instead")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every implementation")
     parser.add_argument("--sustained", type=float, default=0.2, help="seconds of a turn under load")
@@ -314,6 +370,9 @@ def main(args: Sequence[str] | None = None) -> None:
     runs: dict[str, Callable[[], None]] = {
         "ceilings": lambda: ceilings(bench),
         "dense": lambda: dense(bench, dense_all),
+        "random": lambda: dense(
+            bench, dense_cases.random_cases(20) if on_gpu else SMALL[:1], "random"
+        ),
         "wgrad": lambda: wgrad(
             bench,
             dense_cases.WGRAD_BENCHMARK_CASES if on_gpu else dense_cases.WGRAD_CASES[2:3],
@@ -331,6 +390,7 @@ def main(args: Sequence[str] | None = None) -> None:
             grouped_cases.WGRAD_BENCHMARK_CASES if on_gpu else grouped_cases.CASES[:1],
         ),
         "quantise": lambda: quantise(bench),
+        "mlp": lambda: mlp(bench),
     }
     if arguments.tune:
         tune(bench, dense_all)

@@ -30,6 +30,11 @@ def to_torch(x: jax.Array) -> Any:
     return torch.from_dlpack(x)
 
 
+def _scales(q: QuantizedArray) -> Any:
+    """The scales of rows, `[..., ceil(K / 128), M]` where all scales of a column lie together."""
+    return to_torch(q.stored_scales)[..., : q.shape[-2]]
+
+
 def _wait(_):
     import torch
 
@@ -58,11 +63,12 @@ def dense(sets: list[tuple[QuantizedArray, QuantizedArray]]) -> list[Candidate]:
     for x, w in sets:
         a, b = to_torch(x.values), to_torch(w.values)
         # both peers want strides (1, M)
-        tight = to_torch(x.stored_scales)[:, : a.shape[0]].contiguous().t()
+        tight = _scales(x).contiguous().t()
         w_scales = to_torch(w.scales)
+        padded = torch.nn.functional.pad(w_scales, (0, -w_scales.shape[1] % 4))  # for cuBLASLt
         out = torch.empty(a.shape[0], b.shape[0], dtype=torch.bfloat16, device="cuda")
         per_tensor.append((a, b, out))
-        blocks.append((a, b, tight, w_scales.t(), out))
+        blocks.append((a, b, tight, padded.t()[: w_scales.shape[1]], out))
         grouped.append((a, b, tight, w_scales, out))
 
     def tensor(a, b, out):
@@ -124,7 +130,7 @@ def contiguous(sets: list[tuple], group_sizes: jax.Array) -> list[Candidate]:
     arguments = []
     for x, w, *_ in sets:
         a, b = to_torch(x.values), to_torch(w.values)
-        scales = to_torch(x.stored_scales)[:, : a.shape[0]].t()
+        scales = _scales(x).t()
         out = torch.empty(a.shape[0], b.shape[1], dtype=torch.bfloat16, device="cuda")
         arguments.append((a, scales, b, to_torch(w.scales), out))
 
@@ -150,13 +156,67 @@ def masked(sets: list[tuple], counts: jax.Array) -> list[Candidate]:
     arguments = []
     for x, w, *_ in sets:
         a, b = to_torch(x.values), to_torch(w.values)
-        scales = to_torch(x.stored_scales)[..., : a.shape[1]].transpose(1, 2)
+        scales = _scales(x).transpose(1, 2)
         out = torch.empty(*a.shape[:2], b.shape[1], dtype=torch.bfloat16, device="cuda")
         arguments.append((a, scales, b, to_torch(w.scales), out))
 
     def call(a, a_scales, b, b_scales, out):
         deep_gemm.m_grouped_fp8_gemm_nt_masked(
             (a, a_scales), (b, b_scales), out, mask, expected, disable_ue8m0_cast=True
+        )
+        return out
+
+    found = _candidate("deepgemm", call, arguments)
+    return [] if found is None else [found]
+
+
+def wgrad(sets: list[tuple[QuantizedArray, QuantizedArray]]) -> list[Candidate]:
+    """DeepGEMM's peer of `fp8_matmul_wgrad`, which always adds to its output."""
+    if "deepgemm" not in available():
+        return []
+    import deep_gemm
+    import torch
+
+    arguments = []
+    for x_t, dy_t in sets:
+        a, b = to_torch(dy_t.values), to_torch(x_t.values)
+        out = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device="cuda")
+        arguments.append((a, _scales(dy_t).t(), b, _scales(x_t).t(), out))
+
+    def call(a, a_scales, b, b_scales, out):
+        deep_gemm.fp8_gemm_nt(
+            (a, a_scales), (b, b_scales), out, c=out, recipe=(1, 1, 128), disable_ue8m0_cast=True
+        )
+        return out
+
+    found = _candidate("deepgemm", call, arguments)
+    return [] if found is None else [found]
+
+
+def kgrouped(sets: list[tuple], group_sizes: jax.Array) -> list[Candidate]:
+    """DeepGEMM's peer of `fp8_grouped_matmul_wgrad`; a group's tokens lie together for it."""
+    if "deepgemm" not in available():
+        return []
+    import deep_gemm
+    import torch
+
+    padded = [-(-int(size) // 128) * 128 for size in group_sizes]
+    on_device = torch.tensor(padded, dtype=torch.int32, device="cuda")
+
+    def by_group(values):
+        parts = to_torch(values).view(torch.uint8).split(padded, dim=1)
+        return torch.cat([part.flatten() for part in parts]).view(torch.float8_e4m3fn)
+
+    arguments = []
+    for x_t, dy_t, *_ in sets:
+        shape = (len(padded), dy_t.shape[0], x_t.shape[0])
+        out = torch.zeros(shape, dtype=torch.float32, device="cuda")
+        a, b = by_group(dy_t.values), by_group(x_t.values)
+        arguments.append((a, _scales(dy_t).t(), b, _scales(x_t).t(), out))
+
+    def call(a, a_scales, b, b_scales, out):
+        deep_gemm.k_grouped_fp8_gemm_nt_contiguous(
+            (a, a_scales), (b, b_scales), out, padded, on_device, c=out
         )
         return out
 
