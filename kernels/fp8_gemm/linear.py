@@ -60,15 +60,15 @@ def _linear(x, w, implementation):
 
 def _forward(x, w, implementation):
     x_q, x_t = quantize_both(x, implementation=implementation)
-    w_q = quantize(w, WEIGHT_TILE, implementation=implementation)
+    w_q, w_t = quantize_both(w, WEIGHT_TILE, implementation=implementation)
     y = fp8_matmul(x_q, w_q, out_dtype=x.dtype, implementation=implementation)
-    return y, (x_t, w_q, jnp.zeros((), w.dtype))
+    return y, (x_t, w_t, jnp.zeros((), w.dtype))
 
 
 def _backward(implementation, residuals, dy):
-    x_t, w_q, of_w = residuals
+    x_t, w_t, of_w = residuals
     dy_q, dy_t = quantize_both(dy, implementation=implementation)
-    dx = fp8_matmul(dy_q, w_q.transpose(), out_dtype=dy.dtype, implementation=implementation)
+    dx = fp8_matmul(dy_q, w_t, out_dtype=dy.dtype, implementation=implementation)
     dw = fp8_matmul_wgrad(x_t, dy_t, implementation=implementation)
     return dx, dw.astype(of_w.dtype)
 

@@ -53,28 +53,25 @@ def fp8_grouped_linear(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _linear(x, w, group_sizes, implementation):
     x_q = quantize(x, implementation=implementation)
-    return _multiply(x_q, _quantize_weight(w, implementation), group_sizes, x.dtype, implementation)
+    w_q = quantize(w, WEIGHT_TILE, implementation=implementation)
+    return _multiply(x_q, w_q, group_sizes, x.dtype, implementation)
 
 
 def _multiply(x, w, group_sizes, dtype, implementation):
     return fp8_grouped_matmul(x, w, group_sizes, out_dtype=dtype, implementation=implementation)
 
 
-def _quantize_weight(w, implementation):
-    return quantize(w, WEIGHT_TILE, implementation=implementation)
-
-
 def _forward(x, w, group_sizes, implementation):
     x_q, x_t = quantize_both(x, group_sizes=group_sizes, implementation=implementation)
-    w_q = _quantize_weight(w, implementation)
+    w_q, w_t = quantize_both(w, WEIGHT_TILE, implementation=implementation)
     y = _multiply(x_q, w_q, group_sizes, x.dtype, implementation)
-    return y, (x_t, w_q, group_sizes, jnp.zeros((), w.dtype))
+    return y, (x_t, w_t, group_sizes, jnp.zeros((), w.dtype))
 
 
 def _backward(implementation, residuals, dy):
-    x_t, w_q, group_sizes, of_w = residuals
+    x_t, w_t, group_sizes, of_w = residuals
     dy_q, dy_t = quantize_both(dy, group_sizes=group_sizes, implementation=implementation)
-    dx = _multiply(dy_q, w_q.transpose(), group_sizes, dy.dtype, implementation)
+    dx = _multiply(dy_q, w_t, group_sizes, dy.dtype, implementation)
     dw = fp8_grouped_matmul_wgrad(x_t, dy_t, group_sizes, implementation=implementation)
     return dx, dw.astype(of_w.dtype), None
 

@@ -43,8 +43,7 @@ def quantize(
     Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.2; the floor 1e-4 is DeepGEMM's.
     """
     _check("quantize", x, ndim=None)
-    if tuple(tile) not in TILES:
-        raise ValueError(f"quantize: tile={tile} must be one of {TILES}")
+    _check_tile("quantize", tuple(tile))
     return run("quantize", BACKENDS, implementation, (x,), tuple(tile), power_of_two)
 
 
@@ -78,15 +77,40 @@ def quantize_transposed(
 
 def quantize_both(
     x: jax.Array,
+    tile: tuple[int, int] = (1, 128),
     *,
     group_sizes: jax.Array | None = None,
     power_of_two: bool = False,
     implementation: str | None = None,
 ) -> tuple[QuantizedArray, QuantizedArray]:
-    """`quantize(x)` and `quantize_transposed(x)` from one pass over `x`; arguments as there."""
-    _check("quantize_both", x, ndim=2)
+    """Quantises an array and its transpose in one pass, for both directions of training.
+
+    Args:
+      x: with tile `(1, 128)` as in `quantize_transposed`, `bf16|f32[M, K]`; with `(128, 128)`
+        `bf16|f32[..., M, K]`, M and K multiples of 16.
+      tile: `(1, 128)` for activations, `(128, 128)` for weights.
+      group_sizes: as in `quantize_transposed`; of activations alone.
+      power_of_two: round scales up to powers of two.
+      implementation: `"mosaic_gpu"`, `"xla"`, or None for the best where it runs.
+
+    Returns:
+      `quantize(x, tile)`; and of activations `quantize_transposed(x)`, of weights
+      `quantize(x, tile).transpose()`.
+
+    Raises:
+      ValueError: shapes, dtypes or tile do not fit; prints them.
+      NotImplementedError: the implementation that was named cannot run `x`; says why.
+    """
+    tile = tuple(tile)
+    _check_tile("quantize_both", tile)
+    _check("quantize_both", x, ndim=None if tile[0] > 1 else 2)
+    if tile[0] > 1 and (x.shape[-2] % TMA_BYTES or group_sizes is not None):
+        raise ValueError(
+            f"quantize_both: with tile={tile} M={x.shape[-2]} must be a multiple of {TMA_BYTES} "
+            f"(x.shape={x.shape}), and group_sizes None"
+        )
     _check_groups("quantize_both", x, group_sizes)
-    return run("quantize_both", BACKENDS, implementation, (x, group_sizes), power_of_two)
+    return run("quantize_both", BACKENDS, implementation, (x, group_sizes), tile, power_of_two)
 
 
 def swiglu_quantize(
@@ -151,6 +175,11 @@ def _check(op, x, ndim):
             f"{op}: K={k} must be a multiple of {TMA_BYTES}, the bytes that a TMA row needs "
             f"(x.shape={x.shape}); pad K to {-(-k // TMA_BYTES) * TMA_BYTES}"
         )
+
+
+def _check_tile(op, tile):
+    if tile not in TILES:
+        raise ValueError(f"{op}: tile={tile} must be one of {TILES}")
 
 
 def _check_gate_up(op, gate_up):

@@ -20,7 +20,8 @@ def why_not(op: str, arrays: tuple, *static) -> str | None:
     """Says why the kernel of `op` cannot run these arguments, None if it can."""
     if op == "swiglu_gradient":
         return "XLA computes it in one pass already: there is no kernel"
-    if op in ("quantize_transposed", "quantize_both") and arrays[0].dtype != jnp.bfloat16:
+    transposes = op == "quantize_transposed" or (op == "quantize_both" and static[0] == ROW)
+    if transposes and arrays[0].dtype != jnp.bfloat16:
         return f"the kernel transposes bfloat16, not {arrays[0].dtype}"
     return mosaic_unusable()
 
@@ -28,12 +29,10 @@ def why_not(op: str, arrays: tuple, *static) -> str | None:
 def quantize(x: jax.Array, tile: tuple[int, int], power_of_two: bool) -> QuantizedArray:
     """See `quantization.api.quantize`."""
     *leading, m, k = x.shape
-    options = {}
     if tile == SQUARE:
-        options = {"square": True, "warpgroups": 2, "depth": 2 if x.dtype == jnp.bfloat16 else 1}
-    values, scales = _run(x.reshape(-1, m, k), None, k=k, power_of_two=power_of_two, **options)
-    values, scales = values.reshape(x.shape), scales.reshape(*leading, *scales.shape[1:])
-    return _by_column(values, scales) if tile == ROW else QuantizedArray(values, scales, tile)
+        return _run_square(x, power_of_two)[0]
+    values, scales = _run(x.reshape(-1, m, k), None, k=k, power_of_two=power_of_two)
+    return _by_column(values.reshape(x.shape), scales.reshape(*leading, *scales.shape[1:]))
 
 
 def quantize_transposed(
@@ -45,9 +44,14 @@ def quantize_transposed(
 
 
 def quantize_both(
-    x: jax.Array, group_sizes: jax.Array | None, power_of_two: bool
+    x: jax.Array, group_sizes: jax.Array | None, tile: tuple[int, int], power_of_two: bool
 ) -> tuple[QuantizedArray, QuantizedArray]:
     """See `quantization.api.quantize_both`."""
+    if tile == SQUARE:
+        if x.dtype == jnp.bfloat16:
+            return _run_square(x, power_of_two, transposed=True)
+        [quantized] = _run_square(x, power_of_two)
+        return quantized, quantized.transpose()
     values, scales, *transposed = _run_transposed(x, group_sizes, power_of_two, along=True)
     return _by_column(values[0], scales[0]), _by_column(*transposed)
 
@@ -64,6 +68,16 @@ def swiglu_quantize(gate_up: jax.Array, power_of_two: bool) -> QuantizedArray:
         depth=3 if gate_up.dtype == jnp.bfloat16 else 1,
     )
     return _by_column(values[0], scales[0])
+
+
+def _run_square(x, power_of_two, transposed=False):
+    *leading, m, k = x.shape
+    depth = 2 if x.dtype == jnp.bfloat16 else 1
+    options = {"square": True, "transposed": transposed, "warpgroups": 2, "depth": depth}
+    found = _run(x.reshape(-1, m, k), None, k=k, power_of_two=power_of_two, **options)
+    found = [part.reshape(*leading, *part.shape[1:]) for part in found]
+    pairs = zip(found[::2], found[1::2], strict=True)
+    return tuple(QuantizedArray(*pair, SQUARE) for pair in pairs)
 
 
 def _run_transposed(x, group_sizes, power_of_two, along):

@@ -42,8 +42,9 @@ class Plan:
       dtype: of the input.
       swiglu: the input is `[groups, m, 2 k]`, and SwiGLU of it is quantised.
       along: whether there is an output with scales along k.
-      square: that output has a scale a block of 128 x 128 instead.
       transposed: whether there is an output `[k, padded m]` with scales along m; one group then.
+      square: a block of 128 x 128 shares a scale instead; transposed, outputs are
+        `[groups, k, m]`.
       masked: rows past a block's count are zero in the transposed output.
       power_of_two: scales are powers of two.
       warpgroups, depth: of a CTA; blocks in a warpgroup's ring.
@@ -55,8 +56,8 @@ class Plan:
     dtype: Any
     swiglu: bool = False
     along: bool = True
-    square: bool = False
     transposed: bool = False
+    square: bool = False
     masked: bool = False
     power_of_two: bool = False
     warpgroups: int = 4
@@ -81,12 +82,12 @@ class Plan:
     def outputs(self) -> list[jax.ShapeDtypeStruct]:
         """Values and scales along k, then values and scales along m, as far as they are wanted."""
         blocks_m, blocks_k = -(-self.m // BLOCK), -(-self.k // BLOCK)
-        by_block, by_row = (blocks_m, blocks_k), (blocks_k, blocks_m * BLOCK)
-        along = [
-            ((self.groups, self.m, self.k), E4M3),
-            ((self.groups, *(by_block if self.square else by_row)), F32),
-        ]
-        transposed = [((self.k, blocks_m * BLOCK), E4M3), ((blocks_m, blocks_k * BLOCK), F32)]
+        values, values_t = (self.groups, self.m, self.k), (self.k, blocks_m * BLOCK)
+        scales, scales_t = (self.groups, blocks_k, blocks_m * BLOCK), (blocks_m, blocks_k * BLOCK)
+        if self.square:
+            values_t = (self.groups, self.k, self.m)
+            scales, scales_t = (self.groups, blocks_m, blocks_k), (self.groups, blocks_k, blocks_m)
+        along, transposed = [(values, E4M3), (scales, F32)], [(values_t, E4M3), (scales_t, F32)]
         wanted = along * self.along + transposed * self.transposed
         return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in wanted]
 
@@ -224,7 +225,7 @@ def quantise_block(p, refs, wg, slot, group, row, column):
 
 
 def quantise_square(p, refs, wg, slot, group, row, column):
-    """From the ring to SMEM's copy of the output, one scale for all of the block.
+    """From the ring to SMEM's copies of the outputs, one scale for all of the block.
 
     The block is read twice from SMEM: as float32 it would fill half of the registers.
     """
@@ -239,6 +240,11 @@ def quantise_square(p, refs, wg, slot, group, row, column):
     for rows in halves:
         refs.OUT[wg, rows] = (_read_rows(p, X, rows) * (1 / scale)).astype(E4M3)
     refs.scales[group, lax.div(row, BLOCK), column] = scale
+    if p.transposed:
+        for half, columns in enumerate(halves):
+            values = _read(X.at[half].transpose((1, 0)))
+            refs.OUT_T[wg, columns] = (values * (1 / scale)).astype(E4M3)
+        refs.scales_t[group, column, lax.div(row, BLOCK)] = scale
 
 
 def _read_rows(p, panels, rows):
@@ -277,6 +283,8 @@ def store_block(p, refs, wg, group, row, column):
         if not p.square:
             plgpu.copy_smem_to_gmem(refs.SCALES.at[wg], refs.scales.at[group, column, rows])
     if p.transposed:
-        plgpu.copy_smem_to_gmem(flat(refs.OUT_T).at[wg], refs.out_t.at[columns, pl.ds(row, BLOCK)])
+        out_t = refs.out_t.at[group] if p.square else refs.out_t
+        plgpu.copy_smem_to_gmem(flat(refs.OUT_T).at[wg], out_t.at[columns, pl.ds(row, BLOCK)])
+    if p.transposed and not p.square:
         scales = refs.scales_t.at[lax.div(row, BLOCK), columns]
         plgpu.copy_smem_to_gmem(refs.SCALES_T.at[wg], scales)

@@ -46,10 +46,12 @@ def quantize_transposed(
 
 
 def quantize_both(
-    x: jax.Array, group_sizes: jax.Array | None, power_of_two: bool
+    x: jax.Array, group_sizes: jax.Array | None, tile: tuple[int, int], power_of_two: bool
 ) -> tuple[QuantizedArray, QuantizedArray]:
-    """`x` with a scale every 128 columns, and `x.T` with a scale every 128 tokens."""
-    along = quantize(x, (1, BLOCK), power_of_two)
+    """`x` with one scale a tile, and `x.T` with tiles that lie alike in it."""
+    along = quantize(x, tile, power_of_two)
+    if tile[0] == tile[1]:
+        return along, along.transpose()
     return along, quantize_transposed(x, group_sizes, power_of_two)
 
 

@@ -276,6 +276,7 @@ def quantise(bench: Bench) -> None:
         ("transposed", quantization.quantize_transposed, sets, 3 * size),
         ("both", quantization.quantize_both, sets, 4 * size),
         ("128x128", lambda x: quantization.quantize(x, (128, 128)), sets, 3 * size),
+        ("128x128 both", lambda x: quantization.quantize_both(x, (128, 128)), sets, 4 * size),
         ("swiglu", quantization.swiglu_quantize, sets, 2.5 * size),
         ("swiglu gradient", quantization.swiglu_gradient, rotate((x, d_hidden)), 5 * size),
     ):

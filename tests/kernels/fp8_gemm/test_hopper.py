@@ -226,8 +226,10 @@ def rows(m=200, k=272, dtype=BF16):
         ("quantize", lambda: [rows(390, 144, F32).reshape(2, 195, 144)], [WEIGHT, True]),
         ("quantize_transposed", lambda: [rows(), None], [True]),
         ("quantize_transposed", lambda: [rows(256, 144), SIZES], [False]),
-        ("quantize_both", lambda: [rows(129, 144), None], [False]),
-        ("quantize_both", lambda: [rows(256, 144), SIZES], [True]),
+        ("quantize_both", lambda: [rows(129, 144), None], [(1, 128), False]),
+        ("quantize_both", lambda: [rows(256, 144), SIZES], [(1, 128), True]),
+        ("quantize_both", lambda: [rows(416, 144).reshape(2, 208, 144), None], [WEIGHT, False]),
+        ("quantize_both", lambda: [rows(208, 144, F32), None], [WEIGHT, True]),
     ],
     ids=[
         "rows",
@@ -240,6 +242,8 @@ def rows(m=200, k=272, dtype=BF16):
         "transposed-masked",
         "both",
         "both-masked",
+        "both-weight",
+        "both-weight-float32",
     ],
 )
 def test_quantisers(interpret, op, arguments, static):
@@ -258,9 +262,9 @@ def test_what_no_quantiser_may_read_is_not_read(interpret):
     x[100:], x[5, 130] = np.nan, np.nan
     sizes = jnp.array([100], jnp.int32)
     along, across = interpret(
-        lambda x: quantization_hopper.quantize_both(x, sizes, False), jnp.asarray(x, BF16)
+        lambda x: quantization_hopper.quantize_both(x, sizes, (1, 128), False), jnp.asarray(x, BF16)
     )
-    expected = reference.quantize_both(jnp.asarray(clean, BF16), None, False)
+    expected = reference.quantize_both(jnp.asarray(clean, BF16), None, (1, 128), False)
     spoiled = np.zeros((256, 144), bool)  # row 5's second tile, and column 130's first
     spoiled[5, 128:], spoiled[:128, 130] = True, True
     elsewhere = ~spoiled & (np.arange(256)[:, None] < 100)
@@ -299,11 +303,11 @@ def test_runs_are_identical(interpret):
             lambda: [normal(0, 130, 272, dtype=BF16)],
         ),
         (
-            lambda x: quantization_hopper.quantize(x, WEIGHT, False),
-            lambda: [normal(0, 300, 272, dtype=BF16)],
+            lambda x: quantization_hopper.quantize_both(x, None, WEIGHT, False),
+            lambda: [normal(0, 304, 272, dtype=BF16)],
         ),
         (
-            lambda x: quantization_hopper.quantize_both(x, None, False),
+            lambda x: quantization_hopper.quantize_both(x, None, (1, 128), False),
             lambda: [normal(0, 130, 272, dtype=BF16)],
         ),
         (
@@ -321,7 +325,7 @@ def test_runs_are_identical(interpret):
     ],
     ids=[
         "quantize",
-        "quantize-weight",
+        "quantize_both-weight",
         "quantize_both",
         "matmul-cluster",
         "matmul-waves",
@@ -378,6 +382,11 @@ LOWERED = {  # the function, its arguments, and how many kernels it takes
     "quantize-float32": (quantize, shapes((257, 272), dtype=F32), 1),
     "quantize-leading-axes": (quantize, shapes((2, 3, 65, 272)), 1),
     "quantize-weight": (functools.partial(quantize, tile=WEIGHT), shapes((200, 272)), 1),
+    "quantize-both-weight": (
+        functools.partial(quantization.quantize_both, tile=WEIGHT),
+        shapes((2, 208, 272)),
+        1,
+    ),
     "quantize-transposed": (quantize_transposed, shapes((257, 272)), 1),
     "quantize-transposed-float32": (quantize_transposed, shapes((257, 272), dtype=F32), 0),
     "quantize-both": (quantization.quantize_both, shapes((257, 272)), 1),

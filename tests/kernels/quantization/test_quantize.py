@@ -165,6 +165,16 @@ def test_both_are_each(power_of_two, grouped):
     assert_same(across, expected)
 
 
+def test_a_weight_and_its_transpose_hold_the_same():
+    w = normal(0, (2, 208, 144))
+    along, across = jax.jit(lambda w: quantize_both(w, (128, 128)))(w)
+    assert_same(along, quantize(w, (128, 128)))
+    assert across.shape == (2, 144, 208) and across.scales.shape == (2, 2, 2)
+    np.testing.assert_array_equal(
+        across.dequantize(), np.asarray(along.dequantize()).swapaxes(1, 2)
+    )
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("power_of_two", [False, True], ids=["plain", "power_of_two"])
 def test_swiglu_is_quantised_from_float32(power_of_two, dtype):
@@ -240,6 +250,16 @@ def test_passes_through_jit_and_scan(tile):
         (lambda: quantize(jnp.ones((4, 16)), implementation="fast"), "'fast' is unknown.*xla"),
         (lambda: quantize_transposed(jnp.ones((2, 4, 16))), r"\(2, 4, 16\) must have 2 axes"),
         (lambda: quantize_both(jnp.ones((4, 24))), "quantize_both: K=24"),
+        (lambda: quantize_both(jnp.ones((2, 4, 16))), r"\(2, 4, 16\) must have 2 axes"),
+        (lambda: quantize_both(jnp.ones((4, 16)), (1, 16)), r"quantize_both: tile=\(1, 16\)"),
+        (
+            lambda: quantize_both(jnp.ones((2, 24, 16)), (128, 128)),
+            r"M=24 must be a multiple of 16 \(x.shape=\(2, 24, 16\)\)",
+        ),
+        (
+            lambda: quantize_both(jnp.ones((128, 16)), (128, 128), group_sizes=SIZES),
+            "group_sizes None",
+        ),
         (
             lambda: quantize_both(jnp.ones((128, 16)), group_sizes=jnp.ones(2)),
             r"group_sizes is float32\[2\], must be int32\[G\]",
