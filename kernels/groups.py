@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 
 ALIGNMENT = 128  # rows; what the FP8 kernels need
+FEW_GROUPS = 64  # at most, for which a search is written out
 
 
 def aligned(sizes: jax.Array, alignment: int) -> jax.Array:
     """Sizes rounded up to multiples of `alignment`."""
+    if alignment & (alignment - 1) == 0:
+        return (sizes + alignment - 1) & -alignment  # XLA would divide in a kernel of its own
     return (sizes + alignment - 1) // alignment * alignment
 
 
@@ -20,23 +23,43 @@ def exclusive_cumsum(sizes: jax.Array) -> jax.Array:
     return jnp.cumsum(sizes, dtype=sizes.dtype) - sizes
 
 
-def group_of_rows(group_sizes: jax.Array, rows: jax.Array, alignment: int) -> jax.Array:
-    """The group in which each of `rows` lies, with its padding; the last one past the end."""
-    ends = jnp.cumsum(aligned(group_sizes, alignment), dtype=group_sizes.dtype)
-    # unrolled, a search is one fusion with what uses it: on a GPU, no kernel of its own
-    group = jnp.searchsorted(ends, rows, side="right", method="scan_unrolled")
-    return jnp.minimum(group, group_sizes.shape[0] - 1).astype(jnp.int32)
+def locate(group_sizes: jax.Array, rows: jax.Array, alignment: int) -> tuple[jax.Array, jax.Array]:
+    """The group in which each of `rows` lies, with its padding, and where that group starts.
+
+    Rows past the end count as the last group's. For few groups the search is written out: on a GPU
+    XLA makes it part of the kernel that uses it, where sums and searches are kernels of their own.
+    """
+    last = group_sizes.shape[0] - 1
+    if last >= FEW_GROUPS:
+        starts = exclusive_cumsum(aligned(group_sizes, alignment))
+        group = jnp.searchsorted(starts[1:], rows, side="right").astype(jnp.int32)
+        return group, starts[group]
+    group, start, end = jnp.zeros_like(rows), jnp.zeros_like(rows), jnp.zeros((), rows.dtype)
+    for g in range(last):
+        size = aligned(group_sizes[g], alignment)
+        end += size
+        behind = rows >= end
+        group += behind.astype(group.dtype)
+        start += jnp.where(behind, size, 0)
+    return group.astype(jnp.int32), start
 
 
 def rows_left(group_sizes: jax.Array, rows: jax.Array, alignment: int) -> jax.Array:
     """How many real rows its group has from each of `rows` on; none or fewer in padding."""
-    ends = exclusive_cumsum(aligned(group_sizes, alignment)) + group_sizes
-    return ends[group_of_rows(group_sizes, rows, alignment)] - rows
+    group, start = locate(group_sizes, rows, alignment)
+    return group_sizes[group] + start - rows
+
+
+def total(group_sizes: jax.Array, alignment: int) -> jax.Array:
+    """Rows of all groups with their padding; written out for few groups, as in `locate`."""
+    if group_sizes.shape[0] > FEW_GROUPS:
+        return jnp.sum(aligned(group_sizes, alignment))
+    return sum(aligned(group_sizes[g], alignment) for g in range(group_sizes.shape[0]))
 
 
 def group_of_tiles(group_sizes: jax.Array, num_tiles: int, alignment: int) -> jax.Array:
     """The group whose rows fill each tile of `alignment` rows; the last one past the end."""
-    return group_of_rows(group_sizes, _starts(num_tiles, alignment), alignment)
+    return locate(group_sizes, _starts(num_tiles, alignment), alignment)[0]
 
 
 def rows_of_tiles(group_sizes: jax.Array, num_tiles: int, alignment: int) -> jax.Array:

@@ -7,6 +7,7 @@ come last or are left out.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, no_gpu
@@ -16,8 +17,8 @@ from whalejax.kernels.groups import (
     ALIGNMENT,
     aligned,
     exclusive_cumsum,
-    group_of_rows,
-    rows_left,
+    locate,
+    total,
 )
 from whalejax.kernels.quantization import QuantizedArray
 
@@ -52,8 +53,8 @@ def fp8_grouped_matmul(
         group=t.group,
     )
     first = items.row * t.tile_m
-    group = group_of_rows(group_sizes, first, ALIGNMENT)
-    filled = jnp.clip(rows_left(group_sizes, first, ALIGNMENT), 0, t.tile_m)
+    group, start = locate(group_sizes, first, ALIGNMENT)
+    filled = jnp.clip(group_sizes[group] + start - first, 0, t.tile_m)
     table = mosaic.table(items, items.row, items.column, group, filled)
     x = with_group_axis(x.with_scales_by_column())
     return matmul(x, w, table, out_dtype, t, masked=True)[0]
@@ -71,17 +72,17 @@ def fp8_masked_matmul(
     # how many rows there are is known on the device alone: as if they filled its SMs
     t = tuned(tuning, max(max_m, 128), n, k, out_dtype, tallest=2 * ALIGNMENT)
     most = -(-max_m // t.tile_m)  # tiles of rows of a group
-    tiles = (counts + t.tile_m - 1) // t.tile_m
     items = mosaic.deal(
-        jnp.sum(tiles),
+        lax.div(total(counts, t.tile_m), t.tile_m),
         -(-n // t.tile_n),
         max_rows=groups * most,
         width=t.width,
         ctas=mosaic.num_sms() // t.cluster * t.cluster,
         group=t.group,
     )
-    group = group_of_rows(tiles, items.row, 1)
-    row = items.row - exclusive_cumsum(tiles)[group]
+    # as if each group's tiles followed on those of the group before it
+    group, start = locate(counts, items.row * t.tile_m, t.tile_m)
+    row = items.row - lax.div(start, t.tile_m)
     filled = jnp.clip(counts[group] - row * t.tile_m, 0, t.tile_m)
     table = mosaic.table(items, row, items.column, group, filled)
     return matmul(x, w, table, out_dtype, t, masked=True)

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,11 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whalejax.kernels.groups import (
+    FEW_GROUPS,
     aligned,
     exclusive_cumsum,
     group_of_tiles,
+    locate,
     real_rows,
     rows_of_tiles,
+    total,
 )
 
 ALIGNMENT, TILES = 8, 24  # few shapes, as each is compiled
@@ -60,7 +64,20 @@ def test_groups_start_where_the_padding_before_them_ends(sizes):
         np.testing.assert_array_equal(np.flatnonzero(rows == group), start + np.arange(size))
 
 
-@pytest.mark.parametrize("alignment", [1, 8, 128])
+@pytest.mark.parametrize("groups", [1, 2, FEW_GROUPS, FEW_GROUPS + 1, 200])
+def test_few_groups_and_many_are_searched_alike(groups):
+    sizes = np.random.default_rng(groups).integers(0, 20, groups).astype(np.int32)
+    sizes[groups // 2] = 0
+    starts = np.cumsum([0, *-(-sizes[:-1] // ALIGNMENT) * ALIGNMENT])
+    rows = np.arange(starts[-1] + 40, dtype=np.int32)
+    group, start = jax.jit(lambda s, r: locate(s, r, ALIGNMENT))(sizes, rows)
+    np.testing.assert_array_equal(group, [np.flatnonzero(starts <= row)[-1] for row in rows])
+    np.testing.assert_array_equal(start, starts[group])
+    assert group.dtype == start.dtype == np.int32
+    assert jax.jit(lambda s: total(s, ALIGNMENT))(sizes) == starts[-1] + -(-sizes[-1] // 8) * 8
+
+
+@pytest.mark.parametrize("alignment", [1, 3, 8, 128])
 def test_sizes_are_rounded_up(alignment):
     sizes = jnp.array([0, 1, alignment, alignment + 1], jnp.int32)
     expected = [0, alignment, alignment, 2 * alignment]
