@@ -32,7 +32,9 @@ def locate(group_sizes: jax.Array, rows: jax.Array, alignment: int) -> tuple[jax
     last = group_sizes.shape[0] - 1
     if last >= FEW_GROUPS:
         starts = exclusive_cumsum(aligned(group_sizes, alignment))
-        group = jnp.searchsorted(starts[1:], rows, side="right").astype(jnp.int32)
+        group = jnp.searchsorted(starts[1:], rows, side="right", method="scan_unrolled").astype(
+            jnp.int32
+        )
         return group, starts[group]
     group, start, end = jnp.zeros_like(rows), jnp.zeros_like(rows), jnp.zeros((), rows.dtype)
     for g in range(last):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, no_gpu
 from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, Tuning, WgradTuning, pick
+from whalejax.kernels.mosaic import SMEM_BYTES
 from whalejax.kernels.quantization import QuantizedArray
 
 TMA_ALIGNMENT = 4  # float32: rows that TMA moves start on multiples of 16 bytes
@@ -71,6 +72,11 @@ def matmul(
     from whalejax.kernels.fp8_gemm.hopper_kernel import Problem, build
 
     (x_groups, m, k), (groups, n, _) = x.shape, w.shape
+    itemsize = jnp.dtype(out_dtype).itemsize
+    if not t.fits(itemsize):
+        raise ValueError(
+            f"{t} needs {t.smem_bytes(itemsize)} bytes of SMEM, a CTA has {SMEM_BYTES}"
+        )
     p = Problem(x_groups=x_groups, groups=groups, m=m, n=n, k=k, out_dtype=out_dtype, masked=masked)
     scales = w.scales
     scales = jnp.pad(scales, ((0, 0), (0, 0), (0, -scales.shape[-1] % TMA_ALIGNMENT)))

@@ -129,10 +129,15 @@ def pick(
       ctas: multiprocessors of the device.
       device: its kind, for the table of what was measured.
     """
-    measured = table().get(device, {}).get(f"{m}x{n}x{k}x{out_itemsize}")
+    measured = table().get(device, {}).get(shape_key(m, n, k, out_itemsize))
     if measured is not None:
-        return Tuning(**measured)
+        return measured
     return min(candidates(m, n, out_itemsize), key=lambda t: cost_us(t, m, n, k, ctas))
+
+
+def shape_key(m: int, n: int, k: int, out_itemsize: int) -> str:
+    """A shape's name in a table."""
+    return f"{m}x{n}x{k}x{out_itemsize}"
 
 
 def candidates(m: int, n: int, out_itemsize: int) -> list[Tuning]:
@@ -185,11 +190,42 @@ def cost_us(t: Tuning, m: int, n: int, k: int, ctas: int) -> float:
 
 
 @functools.cache
-def table() -> dict[str, dict[str, Any]]:
+def table() -> dict[str, dict[str, Tuning]]:
     """Measured tunings by device kind and shape: the package's, and over them the user's own."""
-    merged: dict[str, dict[str, Any]] = {}
+    merged: dict[str, dict[str, Tuning]] = {}
     for path in (TABLE, USER_TABLE):
-        if path.is_file():
-            for device, rows in json.loads(path.read_text()).items():
-                merged.setdefault(device, {}).update(rows)
+        for device, rows in read_table(path).items():
+            merged.setdefault(device, {}).update(rows)
     return merged
+
+
+def read_table(path: Path) -> dict[str, dict[str, Tuning]]:
+    """The tunings in a file by device kind and shape; none if there is no such file.
+
+    Raises:
+      ValueError: the file does not hold tunings; says which and why.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return {
+            device: {shape: Tuning(**sizes) for shape, sizes in rows.items()}
+            for device, rows in json.loads(path.read_text()).items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not hold tunings: {error}; `whalejax bench gemm --tune` writes it anew "
+            f"once it is deleted"
+        ) from error
+
+
+def write_table(path: Path, tunings: dict[str, dict[str, Tuning]]) -> None:
+    """Writes a file for `read_table`, all of it or nothing."""
+    rows = {
+        device: {shape: dataclasses.asdict(t) for shape, t in by_shape.items()}
+        for device, by_shape in tunings.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    temporary.replace(path)

@@ -26,7 +26,15 @@ from whalejax.bench.timing import Candidate, Times, measure, rotate, timer
 from whalejax.kernels import fp8_gemm, grouped_gemm, quantization
 from whalejax.kernels.fp8_gemm import cases as dense_cases
 from whalejax.kernels.fp8_gemm import reference as dense_reference
-from whalejax.kernels.fp8_gemm.tuning import USER_TABLE, Tuning, candidates, cost_us, explored
+from whalejax.kernels.fp8_gemm.tuning import (
+    USER_TABLE,
+    candidates,
+    cost_us,
+    explored,
+    read_table,
+    shape_key,
+    write_table,
+)
 from whalejax.kernels.grouped_gemm import cases as grouped_cases
 from whalejax.kernels.grouped_gemm import fp8_reference as grouped_reference
 
@@ -327,7 +335,7 @@ def tune(bench: Bench, cases: tuple) -> None:
     """Measures the tunings that the cost model likes best, and stores the fastest of each case."""
     from whalejax.kernels import mosaic
 
-    found: dict[str, Any] = json.loads(USER_TABLE.read_text()) if USER_TABLE.is_file() else {}
+    found = read_table(USER_TABLE)
     device = found.setdefault(jax.devices()[0].device_kind, {})
     for case in cases:
         x, w = dense_inputs(case)
@@ -342,10 +350,9 @@ def tune(bench: Bench, cases: tuple) -> None:
             for name, t in tunings.items()
         ]
         times = bench.time("tune", f"{case.m}x{case.n}x{case.k}", named, flops=case.flops)
-        best: Tuning = tunings[min(times, key=lambda name: times[name].row()["burst_us"])]
-        device[f"{case.m}x{case.n}x{case.k}x2"] = vars(best)
-        USER_TABLE.parent.mkdir(parents=True, exist_ok=True)
-        USER_TABLE.write_text(json.dumps(found, indent=1) + "\n")
+        best = tunings[min(times, key=lambda name: times[name].row()["burst_us"])]
+        device[shape_key(case.m, case.n, case.k, 2)] = best
+        write_table(USER_TABLE, found)
     print(f"# tunings written to {USER_TABLE}", flush=True)
 
 

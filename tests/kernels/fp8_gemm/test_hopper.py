@@ -473,3 +473,11 @@ def test_smem_bytes_are_enough(tuning, out_dtype):
     lower(needed)
     with pytest.raises(ValueError, match="exceeds available shared memory"):
         lower(needed * 3 // 4)
+
+
+def test_a_tuning_that_does_not_fit_says_by_how_much():
+    arguments, deep = [fp8(257, 272), fp8(584, 272, tile=WEIGHT)], Tuning(stages=12)
+    with pytest.raises(
+        ValueError, match=r"stages=12.* needs \d{6} bytes of SMEM, a CTA has 232448"
+    ):
+        num_kernels(lambda x, w: hopper.fp8_matmul(x, w, BF16, deep), arguments, "cuda")

@@ -42,6 +42,31 @@ def test_a_measured_tuning_goes_before_the_cost_model(monkeypatch, tmp_path):
         tuning.table.cache_clear()
 
 
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "cache" / "table.json"
+    assert tuning.read_table(path) == {}
+    tunings = {"a GPU": {"8x16x32x2": Tuning(tile_m=64, tile_n=24, cluster=2, share="x")}}
+    tuning.write_table(path, tunings)
+    assert tuning.read_table(path) == tunings
+    assert [p.name for p in path.parent.iterdir()] == ["table.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "Expecting"),
+        ("[]", "list"),
+        ('{"a GPU": {"8x16x32x2": {"tile": 64}}}', "'tile'"),
+        ('{"a GPU": {"8x16x32x2": {"tile_m": 96}}}', "tile_m=96 must be 64, 128 or 256"),
+    ],
+)
+def test_a_table_that_holds_no_tunings_is_named(tmp_path, text, says):
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"table.json does not hold tunings: .*{says}"):
+        tuning.read_table(path)
+
+
 @pytest.mark.parametrize(
     ("sizes", "says"),
     [
