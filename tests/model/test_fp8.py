@@ -1,5 +1,8 @@
 """The model in FP8: which matmuls change, that their gradients do, and what a GPU would run."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,8 @@ from whalejax.kernels.quantization import QuantizedArray, quantize
 from whalejax.model.config import MLAConfig, ModelConfig, MoEConfig
 from whalejax.model.decoder import Decoder, Execution, forward
 from whalejax.model.linear import PRECISIONS, Precision, grouped_linear, linear
+from whalejax.model.sharding import shardings
+from whalejax.parallel.mesh import MeshConfig, make_mesh
 
 MODEL = ModelConfig(  # all widths multiples of 16, as FP8's rows must be
     vocab_size=64,
@@ -127,3 +132,38 @@ def test_an_fp8_model_decodes_what_its_forward_pass_says(model):
     assert len(completion.tokens) == 4
     weights = nnx.state(model)
     assert not any(isinstance(x, QuantizedArray) for x in jax.tree.leaves(weights))
+
+
+def over_four_devices(execution):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    return dataclasses.replace(execution, mesh=mesh)
+
+
+@pytest.mark.parametrize("batch", [4, 8])
+def test_devices_that_share_the_batch_give_what_one_gives(model, batch):
+    tokens = jax.random.randint(jax.random.key(2), (batch, 24), 0, MODEL.vocab_size)
+    results = []
+    for execution in (FP8, over_four_devices(FP8)):
+        loss, params = loss_of(model, tokens, execution)
+        if execution.mesh is not None:
+            params = jax.device_put(params, shardings(params, execution.mesh))
+        results.append(jax.jit(jax.value_and_grad(loss))(params))
+    (one, exact), (four, actual) = results
+    np.testing.assert_allclose(four, one, rtol=1e-4)
+    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(exact), strict=True):
+        if "lm_head" not in (name := jax.tree_util.keystr(path)):
+            # a device rounds its own tokens together for the gradients of weights
+            assert relative(a, b) < 0.1, name
+
+
+@pytest.mark.skipif(mosaic_unusable() is not None, reason=str(mosaic_unusable()))
+def test_kernels_see_the_tokens_of_their_own_device(model):
+    """XLA gathers all that a kernel outside of shard_map reads: every device would do all."""
+    tokens = jnp.zeros((8, 25), jnp.int32)
+    execution = over_four_devices(Execution(precision=PRECISIONS["fp8"]))
+    loss, params = loss_of(model, tokens, execution)
+    traced = jax.jit(jax.value_and_grad(loss)).trace(params)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    rows = {int(m) for line in kernels for m in re.findall(r"tensor<1x(\d+)x\d+xbf16>", line)}
+    assert 2 * 25 in rows and 8 * 25 not in rows

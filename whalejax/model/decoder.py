@@ -1,6 +1,7 @@
 """The decoder: embedding, scanned layers, head, and the MTP modules behind it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from whalejax.model.mla import MLA, PagedCache, attend_absorbed, attend_expanded
 from whalejax.model.moe import MLP, MoE, MoEStats, mlp, moe
 from whalejax.model.parameters import Initializer, read, rms_norm
 from whalejax.model.rope import Rotary, rotary
+from whalejax.model.sharding import on_own_batch
 
 REMATERIALISATION: dict[str, Any] = {
     "none": None,
@@ -39,6 +41,11 @@ class Execution:
     rematerialise: str = "none"
     attention: str | None = None
     mesh: Mesh | None = None
+
+    @property
+    def fp8_mesh(self) -> Mesh | None:
+        """The mesh if FP8 kernels run over it."""
+        return self.mesh if self.precision.fp8 else None
 
     def __post_init__(self):
         if self.rematerialise not in REMATERIALISATION:
@@ -135,7 +142,10 @@ def feed_forward(
     """The second half of a layer with its residual, and the statistics of a MoE layer."""
     normed = rms_norm(x, p.post_attention_layernorm, config.rms_norm_eps)
     if isinstance(p.mlp, MLP):
-        return x + mlp(p.mlp, normed, fp8=execution.precision.fp8), None
+        dense = on_own_batch(
+            functools.partial(mlp, fp8=execution.precision.fp8), execution.fp8_mesh
+        )
+        return x + dense(p.mlp, normed), None
     out, stats = moe(p.mlp, normed, config.moe, mesh=execution.mesh, fp8=execution.precision.fp8)
     return x + out, stats
 
@@ -145,14 +155,13 @@ def decoder_layer(
 ) -> tuple[jax.Array, tuple[jax.Array, MoEStats | None]]:
     """One layer in the expanded form; gives `[b, t, hidden]`, the latents and the statistics."""
     normed = rms_norm(x, p.input_layernorm, config.rms_norm_eps)
-    out, kept = attend_expanded(
-        p.self_attn,
-        normed,
-        angles,
-        config.mla,
+    attend = functools.partial(
+        attend_expanded,
+        config=config.mla,
         implementation=execution.attention,
         fp8=execution.precision.fp8,
     )
+    out, kept = on_own_batch(attend, execution.fp8_mesh)(p.self_attn, normed, angles)
     x, stats = feed_forward(p, x + out, config, execution)
     return x, (kept, stats)
 

@@ -1,17 +1,18 @@
 """Feed-forward parts: the gated MLP, the router, and the mixture of experts."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from whalejax.kernels.permutation import permute, plan_permutation, unpermute
 from whalejax.model.config import MoEConfig
 from whalejax.model.linear import grouped_linear, linear
 from whalejax.model.parameters import Initializer, read
-from whalejax.parallel.mesh import BATCH_AXES
+from whalejax.model.sharding import on_own_batch
 
 
 class MLP(nnx.Module):
@@ -175,25 +176,16 @@ def moe(
       `[b, t, hidden]` and the layer's statistics.
     """
     routing = route(p.gate, x, config)
-    graphdef, weights = nnx.split(p.experts)
-    sharded = mesh is not None and mesh.size > 1
 
-    def local(weights, x, topk_idx, topk_weights):
-        if sharded:  # the gradients of weights are summed over the devices that used them
-            weights = jax.lax.pcast(weights, BATCH_AXES, to="varying")
+    def routed(p, x, topk_idx, topk_weights):
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, topk_idx, topk_weights)]
-        experts = nnx.merge(graphdef, weights)
-        return routed_experts(experts, *flat, config, fp8=fp8).reshape(x.shape)
+        return routed_experts(p, *flat, config, fp8=fp8).reshape(x.shape)
 
-    if sharded:
-        batch = PartitionSpec(BATCH_AXES)
-        local = jax.shard_map(
-            local, mesh=mesh, in_specs=(PartitionSpec(), batch, batch, batch), out_specs=batch
-        )
-    out = local(weights, x, routing.topk_idx, routing.topk_weights)
+    out = on_own_batch(routed, mesh)(p.experts, x, routing.topk_idx, routing.topk_weights)
     if config.n_shared_experts:
         with jax.named_scope("shared_experts"):
-            out = out + mlp(p.shared_experts, x, fp8=fp8)
+            shared = on_own_batch(functools.partial(mlp, fp8=fp8), mesh if fp8 else None)
+            out = out + shared(p.shared_experts, x)
     experts = jnp.arange(config.n_routed_experts, dtype=jnp.int32)
     load = jnp.sum(routing.topk_idx[..., None] == experts[None, None, None], axis=(0, 1, 2))
     return out, MoEStats(load.astype(jnp.int32), balance_loss(routing, config.n_routed_experts))

@@ -20,6 +20,7 @@ from whalejax.model.decoder import (
 )
 from whalejax.model.linear import linear
 from whalejax.model.parameters import rms_norm
+from whalejax.model.sharding import on_own_batch
 
 
 class MTPForward(NamedTuple):
@@ -57,11 +58,15 @@ def predict_further(
     angles = positions_angles(tokens, None, config)
     shifted = jnp.stack([jnp.roll(tokens, -depth, axis=1) for depth in range(1, depths + 1)])
 
+    project = on_own_batch(
+        lambda w, x: linear(x, w, fp8=execution.precision.fp8), execution.fp8_mesh
+    )
+
     def module(p, x, ahead):
         embedded = rms_norm(embed(model, ahead, x.dtype), p.enorm, config.rms_norm_eps)
         previous = rms_norm(x, p.hnorm, config.rms_norm_eps)
         both = jnp.concatenate([embedded, previous], axis=-1)
-        x = linear(both, p.eh_proj, fp8=execution.precision.fp8)
+        x = project(p.eh_proj, both)
         x, (_, stats) = decoder_layer(p.layer, x, angles, config, execution)
         x = rms_norm(x, p.norm, config.rms_norm_eps)
         return x, (x, stats)

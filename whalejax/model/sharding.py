@@ -6,7 +6,7 @@ their parameter, so they are cut alike.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -61,3 +61,29 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     """The sharding of a batch: its axis number `leading` over the batch axes of the mesh."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
+
+
+def on_own_batch(f: Callable, mesh: Mesh | None) -> Callable:
+    """`f(p, *arrays)`, each device working on its own part of the batch.
+
+    XLA cuts its own operations over a mesh by itself, but no kernel: it would gather all operands
+    of one on every device. Here weights are gathered and their gradients summed over the devices.
+
+    Args:
+      f: gives arrays `[b, ...]`, from a pytree of weights and arrays `[b, ...]` or `[1, ...]`,
+        whose first axis is the batch.
+      mesh: over whose `BATCH_AXES` the batch is cut; None, or of one device, for f itself.
+    """
+    if mesh is None or mesh.size == 1:
+        return f
+    batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+
+    def local(p, *arrays):
+        return f(jax.lax.pcast(p, BATCH_AXES, to="varying"), *arrays)
+
+    def call(p, *arrays):
+        specs = jax.tree.map(lambda a: batch if a.shape[0] > 1 else whole, arrays)
+        placed = jax.shard_map(local, mesh=mesh, in_specs=(whole, *specs), out_specs=batch)
+        return placed(p, *arrays)
+
+    return call
