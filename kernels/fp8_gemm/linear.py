@@ -23,6 +23,9 @@ from whalejax.kernels.quantization import quantize, quantize_both
 def fp8_linear(x: jax.Array, w: jax.Array, *, implementation: str | None = None) -> jax.Array:
     """Multiplies by a weight in FP8, with gradients in FP8 too.
 
+    Over several devices call it inside of `jax.shard_map`, each device with its own rows: outside,
+    XLA gathers on every device all that a kernel reads.
+
     Args:
       x: `bf16|f32[M, K]`; any M, K a multiple of 16.
       w: `bf16|f32[N, K]`; N a multiple of 16.

@@ -21,6 +21,9 @@ def fp8_grouped_linear(
 ) -> jax.Array:
     """Multiplies each group of rows by its weight in FP8, with gradients in FP8 too.
 
+    Over several devices call it inside of `jax.shard_map`, each device with its own rows: outside,
+    XLA gathers on every device all that a kernel reads.
+
     Args:
       x: `bf16|f32[M, K]`, M a multiple of 128, K of 16. Group g's rows start at the sum of
         `ceil(size / 128) * 128` over the groups before it; padding may hold anything.
