@@ -20,7 +20,9 @@ from whalejax.kernels.fp8_gemm.api import WEIGHT_TILE, fp8_matmul, fp8_matmul_wg
 from whalejax.kernels.quantization import quantize, quantize_both
 
 
-def fp8_linear(x: jax.Array, w: jax.Array, *, implementation: str | None = None) -> jax.Array:
+def fp8_linear(
+    x: jax.Array, w: jax.Array | tuple[jax.Array, ...], *, implementation: str | None = None
+) -> jax.Array | tuple[jax.Array, ...]:
     """Multiplies by a weight in FP8, with gradients in FP8 too.
 
     Over several devices call it inside of `jax.shard_map`, each device with its own rows: outside,
@@ -28,11 +30,12 @@ def fp8_linear(x: jax.Array, w: jax.Array, *, implementation: str | None = None)
 
     Args:
       x: `bf16|f32[M, K]`; any M, K a multiple of 16.
-      w: `bf16|f32[N, K]`; N a multiple of 16.
+      w: `bf16|f32[N, K]`; N a multiple of 16. Or a tuple of such weights, a gate's and an up
+        projection's say: x is quantised once for all of them.
       implementation: of the quantisers and matmuls: `"mosaic_gpu"`, `"xla"` or None for the best.
 
     Returns:
-      `x @ w.T`, `[M, N]` in x's dtype. Gradients come in the dtypes of x and w.
+      `x @ w.T`, `[M, N]` in x's dtype, or a tuple of them. Gradients come in the dtypes of x and w.
 
     Raises:
       ValueError: shapes or dtypes do not fit; prints them.
@@ -40,6 +43,16 @@ def fp8_linear(x: jax.Array, w: jax.Array, *, implementation: str | None = None)
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.
     """
+    ws = w if isinstance(w, tuple) else (w,)
+    for each in ws:
+        _check(x, each)
+    # outside of the rule for gradients: what undoes it sums a shared weight's over the devices
+    x, ws = vary_like((x, ws), (x, ws))
+    ys = _linear(x, ws, implementation)
+    return ys if isinstance(w, tuple) else ys[0]
+
+
+def _check(x, w):
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(
             f"fp8_linear: x.shape={x.shape} and w.shape={w.shape} must be [M, K] and [N, K]"
@@ -49,31 +62,37 @@ def fp8_linear(x: jax.Array, w: jax.Array, *, implementation: str | None = None)
             f"fp8_linear: N={w.shape[0]} and K={w.shape[1]} must be multiples of 16 "
             f"(w.shape={w.shape})"
         )
-    # outside of the rule for gradients: what undoes it sums a shared weight's over the devices
-    x, w = vary_like((x, w), (x, w))
-    return _linear(x, w, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linear(x, w, implementation):
+def _linear(x, ws, implementation):
     x_q = quantize(x, implementation=implementation)
-    w_q = quantize(w, WEIGHT_TILE, implementation=implementation)
-    return fp8_matmul(x_q, w_q, out_dtype=x.dtype, implementation=implementation)
+    ws_q = [quantize(w, WEIGHT_TILE, implementation=implementation) for w in ws]
+    return _multiply(x_q, ws_q, x.dtype, implementation)
 
 
-def _forward(x, w, implementation):
+def _multiply(x_q, ws_q, dtype, implementation):
+    return tuple(
+        fp8_matmul(x_q, w_q, out_dtype=dtype, implementation=implementation) for w_q in ws_q
+    )
+
+
+def _forward(x, ws, implementation):
     x_q, x_t = quantize_both(x, implementation=implementation)
-    w_q, w_t = quantize_both(w, WEIGHT_TILE, implementation=implementation)
-    y = fp8_matmul(x_q, w_q, out_dtype=x.dtype, implementation=implementation)
-    return y, (x_t, w_t, jnp.zeros((), w.dtype))
+    both = [quantize_both(w, WEIGHT_TILE, implementation=implementation) for w in ws]
+    ys = _multiply(x_q, [w_q for w_q, _ in both], x.dtype, implementation)
+    return ys, (x_t, [w_t for _, w_t in both], [jnp.zeros((), w.dtype) for w in ws])
 
 
-def _backward(implementation, residuals, dy):
-    x_t, w_t, of_w = residuals
-    dy_q, dy_t = quantize_both(dy, implementation=implementation)
-    dx = fp8_matmul(dy_q, w_t, out_dtype=dy.dtype, implementation=implementation)
-    dw = fp8_matmul_wgrad(x_t, dy_t, implementation=implementation)
-    return dx, dw.astype(of_w.dtype)
+def _backward(implementation, residuals, dys):
+    x_t, ws_t, of_ws = residuals
+    both = [quantize_both(dy, implementation=implementation) for dy in dys]
+    dx = sum(
+        fp8_matmul(dy_q, w_t, out_dtype=dy.dtype, implementation=implementation)
+        for (dy_q, _), w_t, dy in zip(both, ws_t, dys, strict=True)
+    )
+    dws = [fp8_matmul_wgrad(x_t, dy_t, implementation=implementation) for _, dy_t in both]
+    return dx, tuple(dw.astype(of_w.dtype) for dw, of_w in zip(dws, of_ws, strict=True))
 
 
 _linear.defvjp(_forward, _backward)

@@ -50,50 +50,72 @@ def weight_in(w: Weight, dtype: jnp.dtype) -> jax.Array:
     return w.astype(dtype)
 
 
-def linear(x: jax.Array, w: Weight, *, fp8: bool = False) -> jax.Array:
+def linear(
+    x: jax.Array, w: Weight | tuple[Weight, ...], *, fp8: bool = False
+) -> jax.Array | tuple[jax.Array, ...]:
     """Multiplies by a weight.
 
     Args:
       x: `bf16|f32[..., K]`.
-      w: `[N, K]` of any float dtype, or an FP8 `QuantizedArray`.
-      fp8: multiply in FP8, in the gradients too; an FP8 weight is used as it is.
+      w: `[N, K]` of any float dtype, or an FP8 `QuantizedArray`; or a tuple of such weights.
+      fp8: multiply in FP8, in the gradients too; an FP8 weight is used as it is. x is rounded once
+        for all weights.
 
     Returns:
-      `x @ w.T`, `[..., N]` in x's dtype, accumulated in float32.
+      `x @ w.T`, `[..., N]` in x's dtype, accumulated in float32; or a tuple of them.
     """
     # XLA:CPU multiplies matrices up to twice as fast as it contracts arrays of three axes
     rows = x.reshape(-1, x.shape[-1])
-    if fp8:
-        w = read(w)
-        if isinstance(w, QuantizedArray):
-            product = fp8_matmul(quantize(rows), w, out_dtype=x.dtype)
-        else:
-            product = fp8_linear(rows, w)
-        return product.reshape(*x.shape[:-1], -1)
+    ws = tuple(map(read, w if isinstance(w, tuple) else (w,)))
+    if not fp8:
+        products = tuple(_multiply(rows, each) for each in ws)
+    elif isinstance(ws[0], QuantizedArray):
+        rows_q = quantize(rows)
+        products = tuple(fp8_matmul(rows_q, each, out_dtype=x.dtype) for each in ws)
+    else:
+        products = fp8_linear(rows, ws)
+    products = tuple(product.reshape(*x.shape[:-1], -1) for product in products)
+    return products if isinstance(w, tuple) else products[0]
+
+
+def _multiply(rows, w):
     product = jax.lax.dot_general(
-        rows, weight_in(w, x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        rows, weight_in(w, rows.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
-    return product.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    return product.astype(rows.dtype)
 
 
 def grouped_linear(
-    x: jax.Array, w: Weight, group_sizes: jax.Array, *, alignment: int, fp8: bool = False
-) -> jax.Array:
+    x: jax.Array,
+    w: Weight | tuple[Weight, ...],
+    group_sizes: jax.Array,
+    *,
+    alignment: int,
+    fp8: bool = False,
+) -> jax.Array | tuple[jax.Array, ...]:
     """Multiplies each group of rows by the weight of its expert.
 
     Args:
       x: `bf16|f32[M, K]`, rows sorted by expert.
-      w: `[G, N, K]`.
+      w: `[G, N, K]`, or a tuple of such weights.
       group_sizes: `i32[G]`, rows of each expert.
       alignment: every expert's rows start on a multiple of this; 128 in FP8.
       fp8: multiply in FP8, as in `linear`.
 
     Returns:
-      `[M, N]` in x's dtype; padding rows are zero.
+      `[M, N]` in x's dtype, or a tuple of them; padding rows are zero.
     """
-    if fp8:
-        w = read(w)
-        if isinstance(w, QuantizedArray):
-            return fp8_grouped_matmul(quantize(x), w, group_sizes, out_dtype=x.dtype)
-        return fp8_grouped_linear(x, w, group_sizes)
-    return grouped_matmul(x, weight_in(w, x.dtype), group_sizes, alignment=alignment)
+    ws = tuple(map(read, w if isinstance(w, tuple) else (w,)))
+    if not fp8:
+        products = tuple(
+            grouped_matmul(x, weight_in(each, x.dtype), group_sizes, alignment=alignment)
+            for each in ws
+        )
+    elif isinstance(ws[0], QuantizedArray):
+        x_q = quantize(x)
+        products = tuple(
+            fp8_grouped_matmul(x_q, each, group_sizes, out_dtype=x.dtype) for each in ws
+        )
+    else:
+        products = fp8_grouped_linear(x, ws, group_sizes)
+    return products if isinstance(w, tuple) else products[0]

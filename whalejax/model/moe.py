@@ -76,7 +76,7 @@ class MoEStats(NamedTuple):
 
 def mlp(p: MLP, x: jax.Array, *, fp8: bool = False) -> jax.Array:
     """SwiGLU of `[..., hidden]`."""
-    gate, up = linear(x, p.gate_proj, fp8=fp8), linear(x, p.up_proj, fp8=fp8)
+    gate, up = linear(x, (p.gate_proj, p.up_proj), fp8=fp8)
     return linear(jax.nn.silu(gate) * up, p.down_proj, fp8=fp8)
 
 
@@ -153,8 +153,8 @@ def routed_experts(
         plan = plan_permutation(topk_idx, config.n_routed_experts, alignment=alignment)
         rows = permute(x, plan)
     with jax.named_scope("experts"):
-        gate = grouped_linear(rows, p.gate_proj, plan.group_sizes, **layout)
-        up = grouped_linear(rows, p.up_proj, plan.group_sizes, **layout)
+        projections = (p.gate_proj, p.up_proj)
+        gate, up = grouped_linear(rows, projections, plan.group_sizes, **layout)
         out = grouped_linear(jax.nn.silu(gate) * up, p.down_proj, plan.group_sizes, **layout)
     with jax.named_scope("combine"):
         return unpermute(out, topk_weights, plan)

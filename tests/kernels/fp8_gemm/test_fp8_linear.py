@@ -67,6 +67,18 @@ def test_all_three_products_are_fp8(m, dtypes):
         assert (errors > 1e-2).all() or (m == 1 and of is w)
 
 
+def test_several_weights_give_what_each_gives():
+    x, w, dy = draw(130)
+    ws, dys = (w, w[::-1][:160]), (dy, dy[:, 48:])
+    ys, pull = jax.vjp(fp8_linear, x, ws)
+    dx, dws = pull(dys)
+    alone = [forward_and_backward(x, *each) for each in zip(ws, dys, strict=True)]
+    for y, dw, (y_alone, _, dw_alone) in zip(ys, dws, alone, strict=True):
+        np.testing.assert_array_equal(y, y_alone)
+        np.testing.assert_array_equal(dw, dw_alone)
+    np.testing.assert_allclose(dx, sum(dx for _, dx, _ in alone), rtol=1e-6)
+
+
 def test_rematerialised_is_the_same():
     arguments = draw(130)
     remat = jax.checkpoint(fp8_linear)

@@ -435,6 +435,11 @@ LOWERED = {  # the function, its arguments, and how many kernels it takes
         1,
     ),
     "linear": (value_and_gradient(fp8_gemm.fp8_linear), shapes((257, 272), (208, 272)), 6),
+    "linear-of-two": (
+        lambda x, *ws: value_and_gradient(fp8_gemm.fp8_linear)(x, ws),
+        shapes((257, 272), (208, 272), (96, 272)),
+        11,  # x is quantised once
+    ),
     "grouped-linear": (
         value_and_gradient(grouped_gemm.fp8_grouped_linear),
         [*shapes((512, 272), (4, 208, 272)), GROUPS],

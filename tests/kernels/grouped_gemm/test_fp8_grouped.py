@@ -152,6 +152,20 @@ def test_all_three_products_of_a_linear_layer_are_fp8(case, dtype):
         assert (row_errors(got, other)[real] > 1e-2).all()
 
 
+def test_a_linear_layer_of_several_weights_gives_what_each_gives():
+    case = LINEAR_CASES[0]
+    x, w, sizes = draw(case, jax.random.key(0))
+    dy = gradient_of(case)
+    ws, dys = (w, w[:, ::-1][:, :160]), (dy, dy[:, 48:])
+    ys, pull = jax.vjp(lambda x, ws: fp8_grouped_linear(x, ws, sizes), x, ws)
+    dx, dws = pull(dys)
+    alone = [forward_and_backward(x, w, sizes, dy) for w, dy in zip(ws, dys, strict=True)]
+    for y, dw, (y_alone, _, dw_alone) in zip(ys, dws, alone, strict=True):
+        np.testing.assert_array_equal(y, y_alone)
+        np.testing.assert_array_equal(dw, dw_alone)
+    np.testing.assert_allclose(dx, sum(dx for _, dx, _ in alone), rtol=1e-6)
+
+
 def test_a_rematerialised_linear_layer_is_the_same():
     case = LINEAR_CASES[0]
     x, w, sizes = draw(case, jax.random.key(0))
