@@ -50,8 +50,7 @@ def fp8_matmul(
         group=t.group,
     )
     table = mosaic.table(items, items.row, items.column)
-    x, w = with_group_axis(x.with_scales_by_column()), with_group_axis(w)
-    return matmul(x, w, table, out_dtype, t, masked=False)[0]
+    return matmul(with_group_axis(x), with_group_axis(w), table, out_dtype, t, masked=False)[0]
 
 
 def with_group_axis(q: QuantizedArray) -> QuantizedArray:
@@ -72,11 +71,7 @@ def matmul(
     from whalejax.kernels.fp8_gemm.hopper_kernel import Problem, build
 
     (x_groups, m, k), (groups, n, _) = x.shape, w.shape
-    itemsize = jnp.dtype(out_dtype).itemsize
-    if not t.fits(itemsize):
-        raise ValueError(
-            f"{t} needs {t.smem_bytes(itemsize)} bytes of SMEM, a CTA has {SMEM_BYTES}"
-        )
+    check_smem(t, t.smem_bytes(jnp.dtype(out_dtype).itemsize))
     p = Problem(x_groups=x_groups, groups=groups, m=m, n=n, k=k, out_dtype=out_dtype, masked=masked)
     scales = w.scales
     scales = jnp.pad(scales, ((0, 0), (0, 0), (0, -scales.shape[-1] % TMA_ALIGNMENT)))
@@ -87,6 +82,12 @@ def matmul(
         scales,
         table,
     )
+
+
+def check_smem(t: Tuning | WgradTuning, num_bytes: int) -> None:
+    """Raises a ValueError where a CTA of this tuning needs more SMEM than it can have."""
+    if num_bytes > SMEM_BYTES:
+        raise ValueError(f"{t} needs {num_bytes} bytes of SMEM, a CTA has {SMEM_BYTES}")
 
 
 def fp8_matmul_wgrad(
@@ -116,6 +117,7 @@ def wgrad(x_t, dy_t, accumulate, groups, table, t):
     from whalejax.kernels.fp8_gemm.hopper_wgrad_kernel import Problem, build
 
     n, k = dy_t.shape[0], x_t.shape[0]
+    check_smem(t, t.smem_bytes())
     p = Problem(groups=groups, n=n, k=k, accumulate=accumulate is not None)
     x_t, dy_t = x_t.with_scales_by_column(), dy_t.with_scales_by_column()
     arguments = dy_t.values, dy_t.stored_scales, x_t.values, x_t.stored_scales, table

@@ -56,8 +56,7 @@ def fp8_grouped_matmul(
     group, start = locate(group_sizes, first, ALIGNMENT)
     filled = jnp.clip(group_sizes[group] + start - first, 0, t.tile_m)
     table = mosaic.table(items, items.row, items.column, group, filled)
-    x = with_group_axis(x.with_scales_by_column())
-    return matmul(x, w, table, out_dtype, t, masked=True)[0]
+    return matmul(with_group_axis(x), w, table, out_dtype, t, masked=True)[0]
 
 
 def fp8_masked_matmul(

@@ -167,3 +167,10 @@ def test_kernels_see_the_tokens_of_their_own_device(model):
     kernels = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     rows = {int(m) for line in kernels for m in re.findall(r"tensor<1x(\d+)x\d+xbf16>", line)}
     assert 2 * 25 in rows and 8 * 25 not in rows
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_a_batch_that_the_devices_do_not_divide_is_named(model, batch):
+    tokens = jnp.zeros((batch, 8), jnp.int32)
+    with pytest.raises(ValueError, match=f"a batch of {batch} must be a multiple of 4 devices"):
+        jax.eval_shape(lambda: forward(model, tokens, over_four_devices(FP8)).hidden)

@@ -41,15 +41,15 @@ def _wait(_):
     torch.cuda.synchronize()
 
 
-def _candidate(name: str, call: Callable, sets: list[tuple]) -> Candidate | None:
-    """A candidate that ran once, or None (and why, printed) if the peer refuses the arguments."""
+def _candidate(name: str, call: Callable, sets: list[tuple]) -> list[Candidate]:
+    """A candidate that ran once, or none (and why, printed) if the peer refuses the arguments."""
     try:
         call(*sets[0])
         _wait(None)
     except Exception as error:
         print(f"# {name}: {str(error).splitlines()[0][:150]}")
-        return None
-    return Candidate(name, call, sets, _wait)
+        return []
+    return [Candidate(name, call, sets, _wait)]
 
 
 def dense(sets: list[tuple[QuantizedArray, QuantizedArray]]) -> list[Candidate]:
@@ -80,8 +80,8 @@ def dense(sets: list[tuple[QuantizedArray, QuantizedArray]]) -> list[Candidate]:
         return torch._scaled_mm(a, b.t(), a_scales, b_scales, out_dtype=torch.bfloat16, out=out)
 
     found = [
-        _candidate("cublaslt per tensor", tensor, per_tensor),
-        _candidate("cublaslt blocks", block, blocks),
+        *_candidate("cublaslt per tensor", tensor, per_tensor),
+        *_candidate("cublaslt blocks", block, blocks),
     ]
     if "deepgemm" in available():
         import deep_gemm
@@ -90,8 +90,8 @@ def dense(sets: list[tuple[QuantizedArray, QuantizedArray]]) -> list[Candidate]:
             deep_gemm.fp8_gemm_nt((a, a_scales), (b, b_scales), out, disable_ue8m0_cast=True)
             return out
 
-        found.append(_candidate("deepgemm", deepgemm, grouped))
-    return [c for c in found if c is not None]
+        found += _candidate("deepgemm", deepgemm, grouped)
+    return found
 
 
 def bf16(m: int, n: int, k: int) -> list[Candidate]:
@@ -109,8 +109,7 @@ def bf16(m: int, n: int, k: int) -> list[Candidate]:
         )
         for _ in range(copies)
     ]
-    found = _candidate("cublas bf16", lambda a, b: torch.mm(a, b.t()), sets)
-    return [] if found is None else [found]
+    return _candidate("cublas bf16", lambda a, b: torch.mm(a, b.t()), sets)
 
 
 def contiguous(sets: list[tuple], group_sizes: jax.Array) -> list[Candidate]:
@@ -140,8 +139,7 @@ def contiguous(sets: list[tuple], group_sizes: jax.Array) -> list[Candidate]:
         )
         return out
 
-    found = _candidate("deepgemm", call, arguments)
-    return [] if found is None else [found]
+    return _candidate("deepgemm", call, arguments)
 
 
 def masked(sets: list[tuple], counts: jax.Array) -> list[Candidate]:
@@ -166,8 +164,7 @@ def masked(sets: list[tuple], counts: jax.Array) -> list[Candidate]:
         )
         return out
 
-    found = _candidate("deepgemm", call, arguments)
-    return [] if found is None else [found]
+    return _candidate("deepgemm", call, arguments)
 
 
 def wgrad(sets: list[tuple[QuantizedArray, QuantizedArray]]) -> list[Candidate]:
@@ -189,8 +186,7 @@ def wgrad(sets: list[tuple[QuantizedArray, QuantizedArray]]) -> list[Candidate]:
         )
         return out
 
-    found = _candidate("deepgemm", call, arguments)
-    return [] if found is None else [found]
+    return _candidate("deepgemm", call, arguments)
 
 
 def kgrouped(sets: list[tuple], group_sizes: jax.Array) -> list[Candidate]:
@@ -220,5 +216,4 @@ def kgrouped(sets: list[tuple], group_sizes: jax.Array) -> list[Candidate]:
         )
         return out
 
-    found = _candidate("deepgemm", call, arguments)
-    return [] if found is None else [found]
+    return _candidate("deepgemm", call, arguments)

@@ -5,6 +5,7 @@ Training, weights, checkpoints and generation read it. Matrices are cut along th
 their parameter, so they are cut alike.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,20 +71,26 @@ def on_own_batch(f: Callable, mesh: Mesh | None) -> Callable:
     of one on every device. Here weights are gathered and their gradients summed over the devices.
 
     Args:
-      f: gives arrays `[b, ...]`, from a pytree of weights and arrays `[b, ...]` or `[1, ...]`,
-        whose first axis is the batch.
+      f: gives arrays `[b, ...]`, from a pytree of weights, one array `[b, ...]`, and others
+        `[b, ...]`, or `[1, ...]` and shared by all sequences.
       mesh: over whose `BATCH_AXES` the batch is cut; None, or of one device, for f itself.
+
+    Raises:
+      ValueError: when it is called with a batch that the mesh does not divide; prints both.
     """
     if mesh is None or mesh.size == 1:
         return f
     batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
     def local(p, *arrays):
         return f(jax.lax.pcast(p, BATCH_AXES, to="varying"), *arrays)
 
-    def call(p, *arrays):
-        specs = jax.tree.map(lambda a: batch if a.shape[0] > 1 else whole, arrays)
-        placed = jax.shard_map(local, mesh=mesh, in_specs=(whole, *specs), out_specs=batch)
-        return placed(p, *arrays)
+    def call(p, x, *others):
+        if x.shape[0] % parts:
+            raise ValueError(f"a batch of {x.shape[0]} must be a multiple of {parts} devices")
+        specs = jax.tree.map(lambda a: batch if a.shape[0] > 1 else whole, others)
+        placed = jax.shard_map(local, mesh=mesh, in_specs=(whole, batch, *specs), out_specs=batch)
+        return placed(p, x, *others)
 
     return call
