@@ -11,6 +11,7 @@ scaled along the tokens.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +44,21 @@ def fp8_linear(
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.
     """
-    ws = w if isinstance(w, tuple) else (w,)
+    ws = weights("fp8_linear", w)
     for each in ws:
         _check(x, each)
     # outside of the rule for gradients: what undoes it sums a shared weight's over the devices
     x, ws = vary_like((x, ws), (x, ws))
     ys = _linear(x, ws, implementation)
-    return ys if isinstance(w, tuple) else ys[0]
+    return ys if isinstance(w, tuple | list) else ys[0]
+
+
+def weights(op: str, w: Any) -> tuple:
+    """The weights that an op is given: one, or a tuple or list of some."""
+    ws = tuple(w) if isinstance(w, tuple | list) else (w,)
+    if not ws:
+        raise ValueError(f"{op}: w={w} must hold at least one weight")
+    return ws
 
 
 def _check(x, w):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from whalejax.kernels.backend import vary_like
 from whalejax.kernels.fp8_gemm.api import WEIGHT_TILE
+from whalejax.kernels.fp8_gemm.linear import weights
 from whalejax.kernels.grouped_gemm.fp8 import fp8_grouped_matmul, fp8_grouped_matmul_wgrad
 from whalejax.kernels.groups import ALIGNMENT
 from whalejax.kernels.quantization import quantize, quantize_both
@@ -43,13 +44,13 @@ def fp8_grouped_linear(
       ValueError: shapes or dtypes do not fit; prints them.
       NotImplementedError: the implementation that was named cannot run; says why.
     """
-    ws = w if isinstance(w, tuple) else (w,)
+    ws = weights("fp8_grouped_linear", w)
     for each in ws:
         _check(x, each)
     # outside of the rule for gradients: what undoes it sums a shared weight's over the devices
     x, ws = vary_like((x, ws), (x, ws, group_sizes))
     ys = _linear(x, ws, group_sizes, implementation)
-    return ys if isinstance(w, tuple) else ys[0]
+    return ys if isinstance(w, tuple | list) else ys[0]
 
 
 def _check(x, w):

@@ -70,13 +70,18 @@ def test_all_three_products_are_fp8(m, dtypes):
 def test_several_weights_give_what_each_gives():
     x, w, dy = draw(130)
     ws, dys = (w, w[::-1][:160]), (dy, dy[:, 48:])
-    ys, pull = jax.vjp(fp8_linear, x, ws)
+    ys, pull = jax.vjp(fp8_linear, x, list(ws))
     dx, dws = pull(dys)
     alone = [forward_and_backward(x, *each) for each in zip(ws, dys, strict=True)]
     for y, dw, (y_alone, _, dw_alone) in zip(ys, dws, alone, strict=True):
         np.testing.assert_array_equal(y, y_alone)
         np.testing.assert_array_equal(dw, dw_alone)
     np.testing.assert_allclose(dx, sum(dx for _, dx, _ in alone), rtol=1e-6)
+
+
+def test_no_weight_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"fp8_linear: w=\(\) must hold at least one weight"):
+        fp8_linear(draw(1)[0], ())
 
 
 def test_rematerialised_is_the_same():
