@@ -31,6 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from whalejax.kernels.fp8_gemm import tensor_core
 from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, WARPGROUP_ROWS, Tuning
 from whalejax.kernels.mosaic import (
     COUNT,
@@ -101,8 +102,9 @@ class Refs(NamedTuple):
 
 
 def offsets(n: int, t: Tuning) -> list[int]:
-    """Where tiles of an array of `n` columns start in a block of w's scales."""
-    return sorted({i * t.tile_n % BLOCK_K for i in range(-(-n // t.tile_n))})
+    """Where tiles start in a block of w's scales: those of an array of `n` columns, until again."""
+    period = BLOCK_K // math.gcd(t.tile_n, BLOCK_K)
+    return [i * t.tile_n % BLOCK_K for i in range(min(-(-n // t.tile_n), period))]
 
 
 def segments(offset: int, t: Tuning) -> list[Segment]:
@@ -262,32 +264,32 @@ def multiply_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array, wg: jax.Ar
 
     plgpu.barrier_wait(refs.full.at[0])
 
-    def item(i, slot):
+    def item(i, carry):
+        slot, (row, column, group, filled) = carry
+        following = read(refs.items, cta, i + 1, FIELDS)  # known when it is needed
+        place = row, column, group, filled
         branches = [
-            functools.partial(multiply_item, p, t, refs, cta, wg, segments(offset, t), i, slot)
+            functools.partial(multiply_item, p, t, refs, wg, segments(offset, t), place, slot)
             for offset in starts
         ]
-        at = lax.rem(refs.items[cta, i, COLUMN] * t.tile_n, BLOCK_K)
-        # offsets are neighbours in multiples of their distance
-        which = lax.div(at, starts[1]) if len(starts) > 1 else 0
+        which = lax.rem(column, len(starts)) if len(starts) > 1 else 0
         if not p.masked:
             switch(which, branches)
-            return lax.rem(slot + p.num_k, t.stages)
+            return lax.rem(slot + p.num_k, t.stages), following
 
-        rows = refs.items[cta, i, ROWS]
-
-        @pl.when(rows > 0)
+        @pl.when(filled > 0)
         def _real():
             switch(which, branches)
 
-        @pl.when(rows <= 0)
+        @pl.when(filled <= 0)
         def _padding():
             parts = segments(0, t)
-            store(p, t, refs, cta, wg, i, parts, [zeros(parts)] * t.waves)
+            store(p, t, refs, wg, place, parts, [zeros(parts)] * t.waves)
 
-        return lax.rem(slot + num_k_of(p, rows), t.stages)
+        return lax.rem(slot + num_k_of(p, filled), t.stages), following
 
-    lax.fori_loop(0, refs.items[cta, 0, COUNT], item, 0)
+    count, first = first_item(p, t, refs, cta)
+    lax.fori_loop(0, count, item, (0, first))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -322,57 +324,51 @@ def zeros(parts):
     ]
 
 
-def multiply_item(p, t, refs, cta, wg, parts, i, slot):
-    """Multiplies a warpgroup's rows of item i, whose first K block lies in `slot`, awaited already.
+def multiply_item(p, t, refs, wg, parts, place, slot):
+    """Multiplies a warpgroup's rows of an item, whose first K block lies in `slot`, awaited already.
 
-    A step multiplies a wave of 64 rows by a K block. While a step is in the tensor core, the next
-    block is awaited and the next step's scales are loaded: between two wgmmas lies nothing but the
-    promotion, and what lies there decides the speed. The last step awaits the next item's first
-    block; the scales that it loads are not used.
+    A step multiplies a wave of 64 rows by a K block. While a block's last step is in the tensor
+    core, the next block is awaited and its scales are loaded: between two products lies nothing but
+    the promotion, and what lies there decides the speed. The last block awaits the next item's
+    first; the scales that it loads are not used.
     """
 
-    def scales_of(slot, j, wave):
-        rows = rows_of(t, wg, wave)
-        x_scales = plgpu.load(refs.XS.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1))
-        return [x_scales * refs.WS[slot, s.block, lax.rem(j, SCALES_AT_ONCE)] for s in parts]
+    def load_scales(slot, j):
+        of_rows = (
+            plgpu.load(
+                refs.XS.at[slot, pl.ds(first_row(t, wg, wave), WARPGROUP_ROWS)],
+                layout=plgpu.Layout.WGMMA.reduce(1),
+            )
+            for wave in range(t.waves)
+        )
+        return list(of_rows), [refs.WS[slot, s.block, lax.rem(j, SCALES_AT_ONCE)] for s in parts]
 
     def block(j, carry):
-        slot, scales, accs = carry
+        slot, (x_scales, w_scales), product, accs = carry
         following, accs = next_slot(t.stages, slot), list(accs)
         for wave in range(t.waves):
-            last, rows = wave == t.waves - 1, rows_of(t, wg, wave)
-            if last and t.waves > 1:
-                # Here, not behind the wgmma: it keeps ptxas from moving the promotion of one wave
-                # behind the next one's wgmma, for which there are not enough registers.
+            last = wave == t.waves - 1
+            product = tensor_core.start(product, refs.X, refs.W, slot, first_row(t, wg, wave))
+            if last:
                 plgpu.barrier_wait(refs.full.at[following])
-
-            def multiply(acc, wave=wave, last=last, rows=rows):
-                plgpu.wgmma(acc, refs.X.at[slot, rows], refs.W.at[slot].transpose((1, 0)))
-                if last and t.waves == 1:
-                    plgpu.barrier_wait(refs.full.at[following])
-                step = (following, j + 1, 0) if last else (slot, j, wave + 1)
-                return scales_of(*step), plgpu.wgmma_accumulator_load(acc)
-
-            next_scales, product = pl.run_scoped(
-                multiply, plgpu.ACC((WARPGROUP_ROWS, t.tile_n), F32)
-            )
+                next_scales = load_scales(following, j + 1)
+            product = tensor_core.wait(product)
             if last:
                 plgpu.barrier_arrive(refs.empty.at[slot])
             accs[wave] = [
-                acc + columns_of(product, s) * lax.broadcast_in_dim(scale, acc.shape, [0])
-                for acc, scale, s in zip(accs[wave], scales, parts, strict=True)
+                acc + columns_of(product, s) * lax.broadcast_in_dim(x_scales[wave] * w, acc.shape, [0])
+                for acc, w, s in zip(accs[wave], w_scales, parts, strict=True)
             ]
-            scales = next_scales
-        return following, scales, accs
+        return following, next_scales, product, accs
 
-    start = (slot, scales_of(slot, 0, 0), [zeros(parts)] * t.waves)
+    start = slot, load_scales(slot, 0), tensor_core.registers(t.tile_n), [zeros(parts)] * t.waves
     *_, accs = lax.fori_loop(0, p.num_k, block, start)
-    store(p, t, refs, cta, wg, i, parts, accs)
+    store(p, t, refs, wg, place, parts, accs)
 
 
-def rows_of(t, wg, wave):
-    """The rows of a tile that a warpgroup multiplies in a wave."""
-    return pl.ds((wave * t.warpgroups + wg) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+def first_row(t, wg, wave):
+    """The first row of a tile that a warpgroup multiplies in a wave."""
+    return (wave * t.warpgroups + wg) * WARPGROUP_ROWS
 
 
 def columns_of(product, segment):
@@ -381,14 +377,16 @@ def columns_of(product, segment):
     return product if last - first == product.shape[1] else product[:, first:last]
 
 
-def store(p, t, refs, cta, wg, i, parts, accs):
+def store(p, t, refs, wg, place, parts, accs):
     """Rounds an item's rows to the output's dtype and sends them off through SMEM."""
     *_, num_panels, _, panel = refs.OUT.shape
+    row, column, group, filled = place
+    x_group = group if p.x_groups > 1 else 0
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for wave, of_wave in enumerate(accs):
         for s, acc in zip(parts, of_wave, strict=True):
             if p.masked:
-                real = refs.items[cta, i, ROWS] - (wave * t.warpgroups + wg) * WARPGROUP_ROWS
+                real = filled - first_row(t, wg, wave)
                 index = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=plgpu.Layout.WGMMA)
                 acc = jnp.where(index < real, acc, 0.0)
             acc = acc.astype(p.out_dtype)
@@ -397,12 +395,9 @@ def store(p, t, refs, cta, wg, i, parts, accs):
                 at = pl.ds(first % panel, last - first)
                 refs.OUT[wave, wg, first // panel, :, at] = acc[:, first - s.first : last - s.first]
     plgpu.commit_smem()
-    # read again: cheaper than registers held through the main loop
-    row, column = refs.items[cta, i, ROW], refs.items[cta, i, COLUMN]
-    x_group = refs.items[cta, i, GROUP] if p.x_groups > 1 else 0
     staged = for_tma(refs.OUT, p.m, p.n)
     for wave in range(t.waves):
-        rows = pl.ds(row * t.tile_m + (wave * t.warpgroups + wg) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        rows = pl.ds(row * t.tile_m + first_row(t, wg, wave), WARPGROUP_ROWS)
         for number in range(num_panels):
             columns = pl.ds(column * t.tile_n + number * panel, panel)
             target = refs.out.at[x_group, rows, columns]

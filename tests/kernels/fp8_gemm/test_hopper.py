@@ -97,6 +97,7 @@ def assert_same(actual, expected):
         ((130, 136, 272), "bfloat16", Tuning(tile_n=128, stages=2)),
         ((130, 136, 272), "float32", Tuning(tile_n=128, stages=3, stagger=5)),
         ((65, 400, 144), "bfloat16", Tuning(tile_n=176, stages=2)),  # at offsets 0, 48, 96 of 128
+        ((65, 200, 144), "bfloat16", Tuning(tile_n=96, stages=2)),  # at 0, 96, 64: not in order
         ((65, 256, 144), "float32", Tuning(tile_n=192, stages=2)),
         ((70, 136, 272), "bfloat16", Tuning(tile_m=64, tile_n=56, stages=2)),  # not swizzled
         ((1, 16, 4240), "float32", Tuning(tile_m=64, tile_n=16, stages=4)),  # 34 scales: two loads
