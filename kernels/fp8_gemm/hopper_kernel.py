@@ -12,8 +12,7 @@ math wg 1              mma 0, scale 0  mma 1, scale 1  mma 2 ...   store rows 64
 
 The tensor core sums FP8 products in about 14 bits, so the product of each K block goes to a fresh
 accumulator and is added, scaled, to float32 registers ("promotion"). The two math warpgroups drift
-apart and hide each other's promotion. A zeroed accumulator is free only if it is allocated in the
-basic block of its first wgmma, after the wait for its slot.
+apart and hide each other's promotion.
 
 Partial last tiles need no care: TMA fills what lies outside with zeros and stores only what lies
 inside.
@@ -325,7 +324,7 @@ def zeros(parts):
 
 
 def multiply_item(p, t, refs, wg, parts, place, slot):
-    """Multiplies a warpgroup's rows of an item, whose first K block lies in `slot`, awaited already.
+    """Multiplies a warpgroup's rows of an item, whose first K block is in `slot`, awaited already.
 
     A step multiplies a wave of 64 rows by a K block. While a block's last step is in the tensor
     core, the next block is awaited and its scales are loaded: between two products lies nothing but
@@ -356,7 +355,8 @@ def multiply_item(p, t, refs, wg, parts, place, slot):
             if last:
                 plgpu.barrier_arrive(refs.empty.at[slot])
             accs[wave] = [
-                acc + columns_of(product, s) * lax.broadcast_in_dim(x_scales[wave] * w, acc.shape, [0])
+                acc
+                + columns_of(product, s) * lax.broadcast_in_dim(x_scales[wave] * w, acc.shape, [0])
                 for acc, w, s in zip(accs[wave], w_scales, parts, strict=True)
             ]
         return following, next_scales, product, accs
