@@ -46,7 +46,7 @@ from whalejax.kernels.mosaic import (
 )
 
 F32, E4M3 = jnp.float32, jnp.float8_e4m3fn
-ROW, COLUMN, GROUP, ROWS = range(FIELDS := 4)  # columns of an item
+FIELDS = 4  # of an item: tile of rows, tile of columns, group, rows that count
 COPIES = 4  # that fill a slot: x, w, and the scales of both
 SCALES_AT_ONCE = 32  # of w, along K: TMA writes to multiples of 128 bytes
 
@@ -266,9 +266,9 @@ def multiply_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array, wg: jax.Ar
     def item(i, carry):
         slot, (row, column, group, filled) = carry
         following = read(refs.items, cta, i + 1, FIELDS)  # known when it is needed
-        place = row, column, group, filled
+        tile = row, column, group, filled
         branches = [
-            functools.partial(multiply_item, p, t, refs, wg, segments(offset, t), place, slot)
+            functools.partial(multiply_item, p, t, refs, wg, segments(offset, t), tile, slot)
             for offset in starts
         ]
         which = lax.rem(column, len(starts)) if len(starts) > 1 else 0
@@ -283,7 +283,7 @@ def multiply_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array, wg: jax.Ar
         @pl.when(filled <= 0)
         def _padding():
             parts = segments(0, t)
-            store(p, t, refs, wg, place, parts, [zeros(parts)] * t.waves)
+            store(p, t, refs, wg, tile, parts, [zeros(parts)] * t.waves)
 
         return lax.rem(slot + num_k_of(p, filled), t.stages), following
 
@@ -317,13 +317,10 @@ def switch(which, branches):
 
 def zeros(parts):
     """Float32 accumulators of a warpgroup's rows, one a segment."""
-    return [
-        plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, s.last - s.first), F32), plgpu.Layout.WGMMA)
-        for s in parts
-    ]
+    return [tensor_core.zeros(s.last - s.first) for s in parts]
 
 
-def multiply_item(p, t, refs, wg, parts, place, slot):
+def multiply_item(p, t, refs, wg, parts, tile, slot):
     """Multiplies a warpgroup's rows of an item, whose first K block is in `slot`, awaited already.
 
     A step multiplies a wave of 64 rows by a K block. While a block's last step is in the tensor
@@ -361,9 +358,9 @@ def multiply_item(p, t, refs, wg, parts, place, slot):
             ]
         return following, next_scales, product, accs
 
-    start = slot, load_scales(slot, 0), tensor_core.registers(t.tile_n), [zeros(parts)] * t.waves
+    start = slot, load_scales(slot, 0), tensor_core.zeros(t.tile_n), [zeros(parts)] * t.waves
     *_, accs = lax.fori_loop(0, p.num_k, block, start)
-    store(p, t, refs, wg, place, parts, accs)
+    store(p, t, refs, wg, tile, parts, accs)
 
 
 def first_row(t, wg, wave):
@@ -377,10 +374,10 @@ def columns_of(product, segment):
     return product if last - first == product.shape[1] else product[:, first:last]
 
 
-def store(p, t, refs, wg, place, parts, accs):
+def store(p, t, refs, wg, tile, parts, accs):
     """Rounds an item's rows to the output's dtype and sends them off through SMEM."""
     *_, num_panels, _, panel = refs.OUT.shape
-    row, column, group, filled = place
+    row, column, group, filled = tile
     x_group = group if p.x_groups > 1 else 0
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for wave, of_wave in enumerate(accs):

@@ -4,16 +4,22 @@ Pallas' own `wgmma` adds to an accumulator that holds zeros, in registers of its
 product. Here the first instruction of a product overwrites what the registers of the product before
 hold. That one is promoted by then, and ptxas knows it: it cannot put off the promotion until after
 the next product's start, for which there would be registers missing, and so is free to mix all
-else. Addresses of the next product are computed between the multiply-adds, and loops need no
-barrier in the middle to keep it from spilling: 8 % of a matmul's time on an H100.
+else. Addresses of the next product are computed between the multiply-adds, and no barrier has to
+stand between two products of a block to keep it from spilling. With the next block awaited late,
+which this allows, a matmul with tiles of 256 rows takes 8 % less time on an H100.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src.lib.mlir.dialects import llvm  # JAX has no public name for this dialect
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.utils import memref_ptr
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
 
 from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, WARPGROUP_ROWS
 from whalejax.kernels.mosaic import interpreted, transforms
@@ -24,8 +30,8 @@ K_CHUNKS = 2  # of the 32 elements that one instruction multiplies
 DESCRIPTOR = 1024 // 16 | 1 << 30
 
 
-def registers(columns: int) -> jax.Array:
-    """Registers for products of `columns`: f32[64, columns]."""
+def zeros(columns: int) -> jax.Array:
+    """A warpgroup's registers for a product, or for a sum of them: f32[64, columns]."""
     return plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
@@ -109,12 +115,6 @@ def _product(columns: int) -> str:
 
 def _address(ref, offset):
     """The lower half of a descriptor: an address in SMEM, in 16 bytes."""
-    from jax._src.lib.mlir.dialects import llvm
-    from jax.experimental.mosaic import gpu as mgpu
-    from jax.experimental.mosaic.gpu.utils import memref_ptr
-    from jax.extend.mlir import ir
-    from jax.extend.mlir.dialects import arith
-
     i32 = ir.IntegerType.get_signless(32)
     base = arith.shrui(llvm.ptrtoint(i32, memref_ptr(ref)), mgpu.c(4, i32))
     return arith.addi(base, offset.registers.item())
@@ -122,11 +122,6 @@ def _address(ref, offset):
 
 def _asm(text, product, *operands):
     """Emits PTX that reads and writes a product's registers; `operands` are int32."""
-    from jax._src.lib.mlir.dialects import llvm
-    from jax.experimental.mosaic import gpu as mgpu
-    from jax.extend.mlir import ir
-    from jax.extend.mlir.dialects import arith, vector
-
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
     pairs = product.registers
     (width,) = ir.VectorType(pairs.flat[0].type).shape

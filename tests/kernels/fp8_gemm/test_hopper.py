@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels import fp8_gemm, grouped_gemm, mosaic, quantization
 from whalejax.kernels.backend import mosaic_unusable
@@ -31,7 +32,6 @@ BF16, F32 = jnp.bfloat16, jnp.float32
 def interpret(monkeypatch):
     """Runs a jitted function with its kernels interpreted, on a GPU of two SMs."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     monkeypatch.setattr(mosaic, "num_sms", lambda: 2)
 
@@ -113,6 +113,25 @@ def test_matmul(interpret, size, out_dtype, tuning):
     out = interpret(lambda x, w: hopper.fp8_matmul(x, w, jnp.dtype(out_dtype), tuning), x, w)
     assert out.dtype == out_dtype
     assert_rows_close(out, float64(x) @ float64(w).T, tolerance=TOLERANCE[out_dtype])
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "as_tiles"), [(64, 128, True), (64, 64, False), (63, 128, False)], ids=str
+)
+def test_tma_moves_tiles_where_mosaic_keeps_their_axes(rows, columns, as_tiles):
+    """A row of one tile is an axis of length 1, whose index past the array Mosaic would drop."""
+    seen = []
+
+    def body(out, staged):
+        seen.append(mosaic.for_tma(staged, rows, columns) is staged)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((rows, columns), BF16),
+        scratch_types=[plgpu.SMEM((64, 64), BF16, transforms=mosaic.transforms(64, BF16))],
+    )
+    jax.make_jaxpr(kernel)()
+    assert seen and all(tiles == as_tiles for tiles in seen)
 
 
 @pytest.mark.parametrize(
