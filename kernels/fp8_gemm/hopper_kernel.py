@@ -132,7 +132,7 @@ def build(p: Problem, t: Tuning, ctas: int):
         def _loads():
             if t.warpgroups == 2:
                 plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-            load_items(p, t, refs, cta)
+            one_warp(functools.partial(load_items, p, t, refs, cta))
 
         @pl.when(wg < t.warpgroups)
         def _multiplies():
@@ -174,6 +174,14 @@ def build(p: Problem, t: Tuning, ctas: int):
         kernel_name=f"fp8_matmul_{t.tile_m}x{t.tile_n}",
         compiler_params=compiler_params(),
     )
+
+
+def one_warp(load):
+    """Runs `load` in one warp of four: the others' instructions would be issued in math's stead."""
+
+    @plgpu.warp_map
+    def _warps(warp):
+        pl.when(warp == 0)(load)
 
 
 def first_item(p: Problem, t: Tuning, refs: Refs, cta: jax.Array) -> tuple:
@@ -352,15 +360,21 @@ def multiply_item(p, t, refs, wg, parts, tile, slot):
             if last:
                 plgpu.barrier_arrive(refs.empty.at[slot])
             accs[wave] = [
-                acc
-                + columns_of(product, s) * lax.broadcast_in_dim(x_scales[wave] * w, acc.shape, [0])
+                promote(acc, columns_of(product, s), x_scales[wave] * w)
                 for acc, w, s in zip(accs[wave], w_scales, parts, strict=True)
             ]
         return following, next_scales, product, accs
 
-    start = slot, load_scales(slot, 0), tensor_core.zeros(t.tile_n), [zeros(parts)] * t.waves
-    *_, accs = lax.fori_loop(0, p.num_k, block, start)
+    nothing = [[None] * len(parts)] * t.waves
+    first = block(0, (slot, load_scales(slot, 0), None, nothing))
+    *_, accs = lax.fori_loop(1, p.num_k, block, first)
     store(p, t, refs, wg, tile, parts, accs)
+
+
+def promote(acc, product, scales):
+    """Adds a product, scaled by row, to what was summed before it, if anything was."""
+    scaled = product * lax.broadcast_in_dim(scales, product.shape, [0])
+    return scaled if acc is None else acc + scaled
 
 
 def first_row(t, wg, wave):

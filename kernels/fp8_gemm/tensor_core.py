@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax._src.lib.mlir.dialects import llvm  # JAX has no public name for this dialect
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -35,11 +36,11 @@ def zeros(columns: int) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def start(product: jax.Array, x: Any, w: Any, slot: jax.Array, row: jax.Array) -> jax.Array:
+def start(product: jax.Array | None, x: Any, w: Any, slot: jax.Array, row: jax.Array) -> jax.Array:
     """Starts `x[slot, row : row + 64] @ w[slot].T` in the registers of a product before it.
 
     Args:
-      product: f32 `[64, n]`, promoted already.
+      product: f32 `[64, n]`, promoted already; None takes registers of their own.
       x, w: rings in SMEM, e4m3 `[stages, rows, 128]` and `[stages, n, 128]`.
       slot: of both rings.
       row: multiple of 64.
@@ -52,24 +53,29 @@ def start(product: jax.Array, x: Any, w: Any, slot: jax.Array, row: jax.Array) -
     (_, rows, _), (_, columns, _) = x.shape, w.shape
     ring, scalar = plgpu.RefType(transforms(BLOCK_K, x.dtype)), plgpu.Layout.WG_SPLAT(())
 
+    before = () if product is None else (product,)
+
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, ring, ring, scalar, scalar), return_type=_like(product)
+        arg_types=(ring, ring, scalar, scalar, *[plgpu.Layout.WGMMA] * len(before)),
+        return_type=_registers(columns),
     )
-    def multiply(_, product, x, w, x_offset, w_offset):
-        return _asm(_product(columns), product, _address(x, x_offset), _address(w, w_offset))
+    def multiply(_, x, w, x_offset, w_offset, *before):
+        addresses = _address(x, x_offset), _address(w, w_offset)
+        return _asm(_product(columns), columns, *before, operands=addresses)
 
     x_offset, w_offset = (slot * rows + row) * ROW_CHUNKS, slot * (columns * ROW_CHUNKS)
-    return multiply(product, x, w, x_offset, w_offset)
+    return multiply(x, w, x_offset, w_offset, *before)
 
 
 def wait(product: jax.Array) -> jax.Array:
     """The product, once the tensor core is done with it."""
     if interpreted():
         return product
+    columns = product.shape[1]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_like(product))
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_registers(columns))
     def settle(_, product):
-        return _asm("wgmma.wait_group.sync.aligned 0;", product)
+        return _asm("wgmma.wait_group.sync.aligned 0;", columns, product)
 
     return settle(product)
 
@@ -84,15 +90,16 @@ def _interpret(x, w):
     return pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, w.shape[1]), jnp.float32))
 
 
-def _like(product):
-    return plgpu.ShapeDtypeStruct(product.shape, product.dtype, layout=plgpu.Layout.WGMMA)
+def _registers(columns):
+    shape = WARPGROUP_ROWS, columns
+    return plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA)
 
 
 def _product(columns: int) -> str:
     """PTX of a product: its first instruction overwrites the accumulators, three add to them."""
-    count = WARPGROUP_ROWS * columns // 128  # accumulators of a thread
+    count = WARPGROUP_ROWS * columns // 128  # accumulators of a thread, the first operands
     accumulators = ", ".join(f"${i}" for i in range(count))
-    x, w = f"${2 * count}", f"${2 * count + 1}"  # behind the accumulators, out and in
+    x, w = f"${count}", f"${count + 1}"
     lines = [
         ".reg .pred overwrite, add;",
         "setp.ne.b32 overwrite, 0, 0;",
@@ -120,38 +127,40 @@ def _address(ref, offset):
     return arith.addi(base, offset.registers.item())
 
 
-def _asm(text, product, *operands):
-    """Emits PTX that reads and writes a product's registers; `operands` are int32."""
-    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-    pairs = product.registers
-    (width,) = ir.VectorType(pairs.flat[0].type).shape
+def _asm(text, columns, before=None, operands=()):
+    """Emits PTX that writes a product's registers, those of the product `before` if there is one.
 
-    def element(pair, i):
+    `operands` are int32, numbered in the text from the number of a thread's accumulators on.
+    """
+    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+    layout = mgpu.WGMMA_LAYOUT
+    pair, width = layout.registers_element_type(f32), layout.vector_length
+    out = np.empty(layout.registers_shape((WARPGROUP_ROWS, columns)), dtype=object)
+    count = out.size * width
+
+    def element(value, i):
         static = ir.DenseI64ArrayAttr.get([i])
-        return vector.extract(pair, dynamic_position=[], static_position=static)
+        return vector.extract(value, dynamic_position=[], static_position=static)
 
     def joined(elements):
-        pair = llvm.mlir_undef(pairs.flat[0].type)
-        for i, value in enumerate(elements):
-            pair = llvm.insertelement(pair, value, arith.constant(i32, i))
-        return pair
+        value = llvm.mlir_undef(pair)
+        for i, one in enumerate(elements):
+            value = llvm.insertelement(value, one, arith.constant(i32, i))
+        return value
 
-    values = [element(pair, i) for pair in pairs.flat for i in range(width)]
-    count = len(values)
-    # an output for each accumulator, and as its input the same register
-    constraints = ["=f"] * count + [str(i) for i in range(count)] + ["r"] * len(operands)
+    inputs, constraints = [*operands], ["=f"] * count + ["r"] * len(operands)
+    if before is not None:
+        inputs += [element(value, i) for value in before.registers.flat for i in range(width)]
+        constraints += [str(i) for i in range(count)]  # the same registers, in and out
     result = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * count),
-        [*values, *operands],
+        inputs,
         text,
         ",".join(constraints),
         has_side_effects=True,
         asm_dialect=0,
     )
     written = [llvm.extractvalue(f32, result, [i]) for i in range(count)]
-    out = pairs.copy()
-    for n in range(pairs.size):
+    for n in range(out.size):
         out.flat[n] = joined(written[n * width : (n + 1) * width])
-    return mgpu.FragmentedArray(
-        _registers=out, _layout=product.layout, _is_signed=product.is_signed
-    )
+    return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
