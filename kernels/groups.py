@@ -26,24 +26,36 @@ def exclusive_cumsum(sizes: jax.Array) -> jax.Array:
 def locate(group_sizes: jax.Array, rows: jax.Array, alignment: int) -> tuple[jax.Array, jax.Array]:
     """The group in which each of `rows` lies, with its padding, and where that group starts.
 
-    Rows past the end count as the last group's. For few groups the search is written out: on a GPU
-    XLA makes it part of the kernel that uses it, where sums and searches are kernels of their own.
+    Rows past the end count as the last group's.
+    """
+    group, (start,) = locate_in(group_sizes, rows, alignment)
+    return group, start
+
+
+def locate_in(
+    group_sizes: jax.Array, rows: jax.Array, *alignments: int
+) -> tuple[jax.Array, list[jax.Array]]:
+    """The same among groups padded to the first alignment; starts are given for each of them.
+
+    For few groups the search is written out: on a GPU XLA makes it part of the kernel that uses it,
+    where sums and searches are kernels of their own.
     """
     last = group_sizes.shape[0] - 1
     if last >= FEW_GROUPS:
-        starts = exclusive_cumsum(aligned(group_sizes, alignment))
-        group = jnp.searchsorted(starts[1:], rows, side="right", method="scan_unrolled").astype(
+        starts = [exclusive_cumsum(aligned(group_sizes, alignment)) for alignment in alignments]
+        group = jnp.searchsorted(starts[0][1:], rows, side="right", method="scan_unrolled").astype(
             jnp.int32
         )
-        return group, starts[group]
-    group, start, end = jnp.zeros_like(rows), jnp.zeros_like(rows), jnp.zeros((), rows.dtype)
+        return group, [start[group] for start in starts]
+    group, end = jnp.zeros_like(rows), jnp.zeros((), rows.dtype)
+    starts = [jnp.zeros_like(rows) for _ in alignments]
     for g in range(last):
-        size = aligned(group_sizes[g], alignment)
-        end += size
+        sizes = [aligned(group_sizes[g], alignment) for alignment in alignments]
+        end += sizes[0]
         behind = rows >= end
         group += behind.astype(group.dtype)
-        start += jnp.where(behind, size, 0)
-    return group.astype(jnp.int32), start
+        starts = [s + jnp.where(behind, size, 0) for s, size in zip(starts, sizes, strict=True)]
+    return group.astype(jnp.int32), starts
 
 
 def rows_left(group_sizes: jax.Array, rows: jax.Array, alignment: int) -> jax.Array:

@@ -14,7 +14,7 @@ import numpy as np
 SMEM_BYTES = 232_448  # what a CTA may have on Hopper
 SMEM_ROUNDING = 1024  # every scratch buffer starts on a multiple of this
 NUM_SMS = 132  # of an H100 SXM, H200 and H20; assumed where there is no GPU to ask
-LOADER_REGISTERS, MATH_REGISTERS = 40, 232  # of a thread, one loading and two math warpgroups
+LOADER_REGISTERS, MATH_REGISTERS = 24, 240  # of a thread, one loading and two math warpgroups
 COUNT = 7  # the last int32 of an item: with it, 32 bytes, a sector
 
 
@@ -32,11 +32,20 @@ class Items(NamedTuple):
     counts: Any
 
 
-def deal(rows: Any, columns: int, *, max_rows: int, width: int, ctas: int, group: tuple[int, int]):
+def deal(
+    rows: Any,
+    columns: int,
+    *,
+    max_rows: int,
+    width: int,
+    ctas: int,
+    group: tuple[int, int],
+    bands: str = "rows",
+):
     """Deals a grid of tiles to clusters of CTAs, so that tiles worked on together lie together.
 
     Tiles are walked in bands of `width` rows, column by column, every other band backwards: the
-    operands of the tiles under way at one time stay in the L2.
+    operands of the tiles under way at one time stay in the L2. Or in bands of columns, row by row.
 
     Args:
       rows: tiles along M: an int, or an int32 scalar known on the device alone.
@@ -45,6 +54,7 @@ def deal(rows: Any, columns: int, *, max_rows: int, width: int, ctas: int, group
       width: rows of a band, in clusters.
       ctas: CTAs of the launch, a multiple of the cluster's size.
       group: a cluster's tiles along M and N.
+      bands: of `"rows"` or `"columns"`.
 
     Returns:
       `Items`, of numpy arrays where `rows` is an int. A cluster's last tiles may lie past the grid.
@@ -58,7 +68,7 @@ def deal(rows: Any, columns: int, *, max_rows: int, width: int, ctas: int, group
     # the item of turn t of cluster c is number t * clusters + c
     i = np.arange(length, dtype=np.int32)[None] * clusters
     i = i + np.arange(clusters, dtype=np.int32)[:, None]
-    row, column = place(i, cluster_rows, cluster_columns, width, xp)
+    row, column = place(i, cluster_rows, cluster_columns, width, bands, xp)
     peer = np.arange(down * across, dtype=np.int32)[None, :, None]
     row = row[:, None] * down + (peer if down > 1 else 0 * peer)
     column = column[:, None] * across + (peer if across > 1 else 0 * peer)
@@ -72,8 +82,13 @@ def deal(rows: Any, columns: int, *, max_rows: int, width: int, ctas: int, group
     )
 
 
-def place(i: Any, rows: Any, columns: int, width: int, xp: Any = jnp) -> tuple[Any, Any]:
+def place(
+    i: Any, rows: Any, columns: Any, width: int, bands: str = "rows", xp: Any = jnp
+) -> tuple[Any, Any]:
     """Row and column of the i-th tile, or cluster of tiles, in a grid; see `deal`."""
+    if bands == "columns":
+        column, row = place(i, columns, rows, width, xp=xp)
+        return row, column
     band, inside = i // (width * columns), i % (width * columns)
     in_band = xp.maximum(xp.minimum(width, rows - band * width), 1)
     column = inside // in_band
@@ -135,6 +150,24 @@ def interpreted() -> bool:
     from jax._src import config
 
     return config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def unvarying(arrays: Any) -> Any:
+    """The same arrays, typed as outside of `jax.shard_map`: a pytree of them.
+
+    A kernel works on what its device holds, and `plgpu.warp_map` refuses references whose type says
+    that devices differ. JAX has no public cast for it: with the check switched off, as it is inside
+    of a kernel, an operation's result varies over nothing. XLA removes the operation.
+    """
+    from jax._src import config
+
+    def cast(x):
+        if not jax.typeof(x).manual_axis_type.varying:
+            return x
+        return jax.lax.bitcast_convert_type(x, x.dtype)
+
+    with config._check_vma(False):
+        return jax.tree.map(cast, arrays)
 
 
 def compiler_params() -> Any:

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, no_gpu
-from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, Tuning, WgradTuning, pick
+from whalejax.kernels.fp8_gemm.tuning import (
+    BLOCK_K,
+    WARPGROUP_ROWS,
+    Tuning,
+    WgradTuning,
+    pick,
+    pick_wgrad,
+)
 from whalejax.kernels.mosaic import SMEM_BYTES
 from whalejax.kernels.quantization import QuantizedArray
 
@@ -48,8 +55,10 @@ def fp8_matmul(
         width=t.width,
         ctas=mosaic.num_sms() // t.cluster * t.cluster,
         group=t.group,
+        bands=t.bands,
     )
-    table = mosaic.table(items, items.row, items.column)
+    first_rows = items.row * (t.tile_m // WARPGROUP_ROWS)
+    table = mosaic.table(items, first_rows, items.column)
     return matmul(with_group_axis(x), with_group_axis(w), table, out_dtype, t, masked=False)[0]
 
 
@@ -75,13 +84,9 @@ def matmul(
     p = Problem(x_groups=x_groups, groups=groups, m=m, n=n, k=k, out_dtype=out_dtype, masked=masked)
     scales = w.scales
     scales = jnp.pad(scales, ((0, 0), (0, 0), (0, -scales.shape[-1] % TMA_ALIGNMENT)))
-    return build(p, t, table.shape[0])(
-        x.values,
-        x.with_scales_by_column().stored_scales,
-        w.values,
-        scales,
-        table,
-    )
+    x_scales = x.with_scales_by_column().stored_scales
+    arguments = mosaic.unvarying((x.values, x_scales, w.values, scales, table))
+    return build(p, t, table.shape[0])(*arguments)
 
 
 def check_smem(t: Tuning | WgradTuning, num_bytes: int) -> None:
@@ -97,8 +102,8 @@ def fp8_matmul_wgrad(
     tuning: WgradTuning | None = None,
 ) -> jax.Array:
     """`dy_t @ x_t.T`; see `fp8_gemm.api.fp8_matmul_wgrad`."""
-    t = tuning or WgradTuning()
     (k, m), n = x_t.shape, dy_t.shape[0]
+    t = tuning or pick_wgrad(n, k, m, ctas=mosaic.num_sms())
     items = mosaic.deal(
         -(-n // t.tile_m),
         -(-k // t.tile_n),
@@ -121,6 +126,7 @@ def wgrad(x_t, dy_t, accumulate, groups, table, t):
     p = Problem(groups=groups, n=n, k=k, accumulate=accumulate is not None)
     x_t, dy_t = x_t.with_scales_by_column(), dy_t.with_scales_by_column()
     arguments = dy_t.values, dy_t.stored_scales, x_t.values, x_t.stored_scales, table
+    arguments, accumulate = mosaic.unvarying((arguments, accumulate))
     kernel = build(p, t, table.shape[0])
     if accumulate is None:
         return kernel(*arguments)

@@ -10,6 +10,7 @@ roles and their drawing are those of `hopper_kernel`; what differs:
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from whalejax.kernels.fp8_gemm.hopper_kernel import COPIES, drain
+from whalejax.kernels.fp8_gemm import tensor_core
+from whalejax.kernels.fp8_gemm.hopper_kernel import COPIES, drain, first_row, one_warp
 from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, WARPGROUP_ROWS, WgradTuning
 from whalejax.kernels.mosaic import (
     COUNT,
@@ -82,7 +84,7 @@ def build(p: Problem, t: WgradTuning, ctas: int):
         @pl.when(wg == WARPGROUPS)
         def _loads():
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-            load_items(p, t, refs, cta)
+            one_warp(functools.partial(load_items, p, t, refs, cta))
 
         @pl.when(wg < WARPGROUPS)
         def _multiplies():
@@ -144,76 +146,93 @@ def load_items(p: Problem, t: WgradTuning, refs: Refs, cta: jax.Array) -> None:
 
 
 def multiply_items(p, t: WgradTuning, refs: Refs, cta: jax.Array, wg: jax.Array) -> None:
-    """Multiplies 64 rows of each item, block after block, and stores them."""
+    """Multiplies a warpgroup's rows of each item, block after block, and stores them."""
     for s in range(t.stages):
         plgpu.barrier_arrive(refs.empty.at[s])
     plgpu.barrier_wait(refs.full.at[0])
 
-    def item(i, slot):
-        blocks = refs.items[cta, i, BLOCKS]
+    def item(i, carry):
+        slot, (row, column, group, _, blocks) = carry
+        following = read(refs.items, cta, i + 1, FIELDS)  # known when it is needed
+        store_item = functools.partial(store, p, t, refs, wg, (row, column, group))
 
         @pl.when(blocks > 0)
         def _product():
-            store(p, t, refs, cta, wg, i, multiply_item(t, refs, wg, slot, blocks))
+            store_item(multiply_item(t, refs, wg, slot, blocks))
 
         if not p.accumulate:
 
             @pl.when(blocks <= 0)
             def _nothing():
-                store(p, t, refs, cta, wg, i, zeros(t))
+                store_item([[tensor_core.zeros(PANEL)] * (t.tile_n // PANEL)] * t.waves)
 
-        return lax.rem(slot + blocks, t.stages)
+        return lax.rem(slot + blocks, t.stages), following
 
-    lax.fori_loop(0, refs.items[cta, 0, COUNT], item, 0)
+    start = 0, read(refs.items, cta, 0, FIELDS)
+    lax.fori_loop(0, refs.items[cta, 0, COUNT], item, start)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def zeros(t):
-    """A warpgroup's accumulators."""
-    return plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, t.tile_n), F32), plgpu.Layout.WGMMA)
 
 
 def multiply_item(t, refs, wg, slot, blocks):
-    """The product of a warpgroup's rows, over the blocks from `slot` on, awaited already."""
-    rows = pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    """The product of a warpgroup's rows, over the blocks from `slot` on, awaited already.
+
+    Waves share what they load of the scales by column: a product's take a fifth of the SMEM's time.
+
+    Returns:
+      Its panels, of each wave.
+    """
+    panels = [pl.ds(first, PANEL) for first in range(0, t.tile_n, PANEL)]
+
+    def load(ref, slot, window, reduced):
+        scales = plgpu.load(ref.at[slot, window], layout=plgpu.Layout.WGMMA.reduce(reduced))
+        return lax.broadcast_in_dim(scales, (WARPGROUP_ROWS, PANEL), [1 - reduced])
 
     def block(_, carry):
-        slot, total = carry
-        following = next_slot(t.stages, slot)
+        slot, product, totals = carry
+        following, totals = next_slot(t.stages, slot), list(totals)
+        for wave in range(t.waves):
+            first = first_row(t, wg, wave)
+            product = tensor_core.start(product, refs.DY, refs.X, slot, first)
+            if wave == 0:
+                by_column = [load(refs.XS, slot, panel, 0) for panel in panels]
+            by_row = load(refs.DYS, slot, pl.ds(first, WARPGROUP_ROWS), 1)
+            last = wave == t.waves - 1
+            if last:  # after the last block, this awaits the next item's first
+                plgpu.barrier_wait(refs.full.at[following])
+            product = tensor_core.wait(product)
+            if last:
+                plgpu.barrier_arrive(refs.empty.at[slot])
+            totals[wave] = [
+                promote(total, product[:, panel.start : panel.start + PANEL], by_row * scales)
+                for total, panel, scales in zip(totals[wave], panels, by_column, strict=True)
+            ]
+        return following, product, totals
 
-        def multiply(acc):
-            plgpu.wgmma(acc, refs.DY.at[slot, rows], refs.X.at[slot].transpose((1, 0)))
-            # while this block is in the tensor core; after the last one, the next item's first
-            plgpu.barrier_wait(refs.full.at[following])
-            by_row = plgpu.load(refs.DYS.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1))
-            by_column = plgpu.load(refs.XS.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
-            scales = lax.broadcast_in_dim(by_row, total.shape, [0])
-            scales = scales * lax.broadcast_in_dim(by_column, total.shape, [1])
-            return scales, plgpu.wgmma_accumulator_load(acc)
-
-        scales, product = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, t.tile_n), F32))
-        plgpu.barrier_arrive(refs.empty.at[slot])
-        return following, total + product * scales
-
-    return lax.fori_loop(0, blocks, block, (slot, zeros(t)))[1]
+    first = block(0, (slot, None, [[None] * len(panels)] * t.waves))
+    return lax.fori_loop(1, blocks, block, first)[-1]
 
 
-def store(p, t, refs, cta, wg, i, total):
-    """Sends a warpgroup's rows of item i off through SMEM."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    panels = range(0, t.tile_n, PANEL)
-    for column in panels:
-        refs.OUT[wg, column // PANEL] = total[:, column : column + PANEL]
-    plgpu.commit_smem()
-    group = refs.items[cta, i, GROUP]
-    rows = pl.ds(refs.items[cta, i, ROW] * t.tile_m + wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
+def promote(total, product, scales):
+    """Adds a scaled product to what was summed before it, if anything was."""
+    return product * scales if total is None else total + product * scales
+
+
+def store(p, t, refs, wg, place, waves):
+    """Sends a warpgroup's rows of an item off through SMEM, a wave after the other."""
+    row, column, group = place
     staged = for_tma(refs.OUT, p.n, p.k)
-    for column in panels:
-        columns = pl.ds(refs.items[cta, i, COLUMN] * t.tile_n + column, PANEL)
-        plgpu.copy_smem_to_gmem(
-            staged.at[wg, column // PANEL],
-            refs.out.at[group, rows, columns],
-            commit_group=False,
-            reduction_op="add" if p.accumulate else None,
-        )
-    plgpu.commit_smem_to_gmem_group()
+    for wave, panels in enumerate(waves):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for i, panel in enumerate(panels):
+            refs.OUT[wg, i] = panel
+        plgpu.commit_smem()
+        rows = pl.ds(row * t.tile_m + first_row(t, wg, wave), WARPGROUP_ROWS)
+        for i in range(len(panels)):
+            columns = pl.ds(column * t.tile_n + i * PANEL, PANEL)
+            plgpu.copy_smem_to_gmem(
+                staged.at[wg, i],
+                refs.out.at[group, rows, columns],
+                commit_group=False,
+                reduction_op="add" if p.accumulate else None,
+            )
+        plgpu.commit_smem_to_gmem_group()

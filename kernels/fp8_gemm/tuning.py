@@ -25,8 +25,8 @@ class Tuning:
       stages: slots of the ring through which K blocks pass.
       cluster: CTAs that share one operand by multicast.
       share: the operand that they share: `"w"` stacks their tiles along M, `"x"` along N.
-      width: rows of clusters that are walked together.
-      stagger: how much later the second warpgroup starts, in steps of 4 cycles.
+      width: clusters across a band, see `mosaic.deal`.
+      bands: of `"rows"`, or of `"columns"`.
     """
 
     tile_m: int = 128
@@ -35,7 +35,7 @@ class Tuning:
     cluster: int = 1
     share: str = "w"
     width: int = 8
-    stagger: int = 0
+    bands: str = "rows"
 
     def __post_init__(self):
         widest = 128 if self.tile_m == 256 else 256
@@ -44,10 +44,12 @@ class Tuning:
                 f"tile_m={self.tile_m} must be 64, 128 or 256, tile_n={self.tile_n} a multiple of "
                 f"8 and at most {widest}"
             )
-        if self.share not in ("w", "x") or self.stages < 2:
+        if self.share not in ("w", "x") or self.bands not in ("rows", "columns"):
             raise ValueError(
-                f"share={self.share!r} must be 'w' or 'x', stages={self.stages} at least 2"
+                f"share={self.share!r} must be 'w' or 'x', bands={self.bands!r} 'rows' or 'columns'"
             )
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages} must be at least 2")
 
     @property
     def warpgroups(self) -> int:
@@ -90,11 +92,19 @@ class WgradTuning:
     width: int = 8
 
     def __post_init__(self):
-        if self.tile_m != 128 or self.tile_n % 32 or not 32 <= self.tile_n <= 160:
+        widest = 128 if self.tile_m == 256 else 160
+        if self.tile_m not in (128, 256) or self.tile_n % 32 or not 32 <= self.tile_n <= widest:
             raise ValueError(
-                f"tile_m={self.tile_m} must be 128, tile_n={self.tile_n} a multiple of 32 and at "
-                f"most 160"
+                f"tile_m={self.tile_m} must be 128 or 256, tile_n={self.tile_n} a multiple of 32 "
+                f"and at most {widest}"
             )
+
+    warpgroups = 2
+
+    @property
+    def waves(self) -> int:
+        """How often a warpgroup's 64 rows fit in its share of a tile."""
+        return self.tile_m // (WARPGROUP_ROWS * self.warpgroups)
 
     def smem_bytes(self) -> int:
         """SMEM of a CTA: the ring, the scales, the output on its way, barriers."""
@@ -103,28 +113,41 @@ class WgradTuning:
             rounded(self.stages * operands * BLOCK_K)
             + rounded(self.stages * self.tile_m * 4)
             + rounded(self.stages * self.tile_n * 4)
-            + rounded(self.tile_m * self.tile_n * 4)
+            + rounded(self.warpgroups * WARPGROUP_ROWS * self.tile_n * 4)
             + rounded(2 * self.stages * 8)
         )
 
 
 # The cost model, fitted to an H100 SXM: microseconds.
 START_US = 3.0  # launch, first loads, last stores
-BLOCK_US, BLOCK_US_PER_COLUMN = 0.12, 0.00234  # a K block of 128 rows, for two warpgroups
+CYCLES_PER_US = 1600  # the clock that power leaves a busy tensor core
+SMEM_BYTES_PER_CYCLE = 128
+PROMOTION = 1.14  # how much longer a product takes for being promoted
 ODD_WIDTH = 1.1  # where tiles start inside of a panel or of a block of scales
-STORE_US, STORE_US_PER_COLUMN = 0.2, 0.004  # what of an epilogue nothing hides
-SM_BYTES_PER_US = 72_000  # that one SM takes in
+STORE_US, STORE_US_PER_COLUMN = 0.25, 0.0027  # what of an epilogue of 128 rows nothing hides
+L2_BYTES_PER_US, STREAMED_BYTES_PER_US = 74_000, 67_000  # that one SM takes in
+L2_BYTES = 50_000_000  # operands larger than that stream through the L2
 HBM_BYTES_PER_US = 2.9e6
-STAGGER = 70  # about half of a K block
+SHORT_K = 2048  # below it, what is written decides more than what is read
 
 
 def pick(
-    m: int, n: int, k: int, *, out_itemsize: int, ctas: int, device: str | None = None
+    m: int,
+    n: int,
+    k: int,
+    *,
+    groups: int = 1,
+    above: bool = True,
+    out_itemsize: int,
+    ctas: int,
+    device: str | None = None,
 ) -> Tuning:
     """The tuning for `[m, k]` times `[n, k]`: measured if there is one, else by the cost model.
 
     Args:
-      m, n, k: sizes; of a grouped matmul those of all groups' rows together.
+      m, n, k: sizes; m of each group's rows.
+      groups: such products that are computed together.
+      above: whether tiles one above the other may share w.
       out_itemsize: bytes of an output element.
       ctas: multiprocessors of the device.
       device: its kind, for the table of what was measured.
@@ -132,7 +155,8 @@ def pick(
     measured = table().get(device, {}).get(shape_key(m, n, k, out_itemsize))
     if measured is not None:
         return measured
-    return min(candidates(m, n, out_itemsize), key=lambda t: cost_us(t, m, n, k, ctas))
+    found = ranked(m, n, k, groups=groups, out_itemsize=out_itemsize, ctas=ctas)
+    return next(t for t in found if above or t.group[0] == 1)
 
 
 def shape_key(m: int, n: int, k: int, out_itemsize: int) -> str:
@@ -140,53 +164,107 @@ def shape_key(m: int, n: int, k: int, out_itemsize: int) -> str:
     return f"{m}x{n}x{k}x{out_itemsize}"
 
 
-def candidates(m: int, n: int, out_itemsize: int) -> list[Tuning]:
-    """What the cost model chooses from: every width, with as deep a ring as fits."""
-    tile_m = 64 if m <= 64 else 128
-    widths = [16] if n < 32 else [*range(32, 193, 16), 56]
-    found = (deepest(out_itemsize, tile_m=tile_m, tile_n=tile_n) for tile_n in widths)
-    return [t for t in found if t is not None]
+def ranked(
+    m: int, n: int, k: int, *, groups: int = 1, out_itemsize: int, ctas: int
+) -> list[Tuning]:
+    """The tunings worth a thought, the fastest by the cost model first; see `pick`."""
+    found = candidates(m, n, k, out_itemsize)
+    return sorted(found, key=lambda t: cost_us(t, m, n, k, ctas, groups))
 
 
-def explored(m: int, n: int, out_itemsize: int) -> list[Tuning]:
-    """What a tuning run looks at beside `candidates`: clusters, and tiles of other heights."""
-    heights: dict[int, tuple[int, ...]] = {}
-    if m <= 256:
-        heights[64] = (32, 48, 56, 64, 96)
-    if m > 64:
-        heights[128] = (32, 64) if m <= 128 else (128, 192)
-    if m > 128:
-        heights[256] = (96, 128)
-    known = candidates(m, n, out_itemsize)
-    found = [
-        deepest(out_itemsize, tile_m=tile_m, tile_n=tile_n, cluster=cluster, share=share)
-        for tile_m, widths in heights.items()
+def candidates(m: int, n: int, k: int, out_itemsize: int) -> list[Tuning]:
+    """Tiles of every width, alone and in clusters of two, with as deep a ring as fits."""
+    alone, beside, above = (1, "w"), (2, "x"), (2, "w")
+    narrow = [16] if n < 32 else [32, 48, 56, 64, 96, 128]
+    wide = [16] if n < 32 else [*range(32, 193, 16), 56]
+    heights: dict[int, tuple[list[int], list[tuple[int, str]]]] = {}
+    if m <= 64:
+        heights[64] = narrow, [beside, alone]
+    elif m <= 128:
+        heights[64] = narrow, [beside, above, alone]
+        heights[128] = wide, [alone]
+    else:
+        heights[128] = wide, [alone, above]
+        heights[256] = [n for n in wide if 64 <= n <= 128], [beside, alone]
+    return [
+        t
+        for tile_m, (widths, clusters) in heights.items()
         for tile_n in widths
-        for cluster, share in ((1, "w"), (2, "w"), (2, "x"))
-        if not (share == "w" and cluster > 1 and m <= tile_m)  # one row of tiles: nothing to share
+        for cluster, share in clusters
+        if (
+            t := deepest(
+                k, out_itemsize, tile_m=tile_m, tile_n=tile_n, cluster=cluster, share=share
+            )
+        )
     ]
-    return [t for t in found if t is not None and t not in known]
 
 
-def deepest(out_itemsize: int, **sizes: Any) -> Tuning | None:
-    """The tuning of these sizes with the most stages that fit, if two do."""
-    stagger = STAGGER if sizes["tile_m"] > 64 else 0
-    tunings = (
-        Tuning(stages=stages, stagger=stagger, **sizes) for stages in range(MAX_STAGES, 1, -1)
+def deepest(k: int, out_itemsize: int, **sizes: Any) -> Tuning | None:
+    """The tuning of these sizes with the most stages that fit, if three do.
+
+    Two tiles that lie side by side are walked in bands of columns, which keeps what they write
+    together: the narrower, the better where writing takes the most time.
+    """
+    beside = sizes.get("cluster", 1) > 1 and sizes.get("share") == "x"
+    short = k < SHORT_K
+    walk = (
+        {"bands": "columns", "width": 4 if short else 8}
+        if beside
+        else {"bands": "rows", "width": 32 if k < SHORT_K // 2 else 8}
     )
+    tunings = (Tuning(stages=stages, **sizes, **walk) for stages in range(MAX_STAGES, 2, -1))
     return next((t for t in tunings if t.fits(out_itemsize)), None)
 
 
-def cost_us(t: Tuning, m: int, n: int, k: int, ctas: int) -> float:
+def cost_us(t: Tuning, m: int, n: int, k: int, ctas: int, groups: int = 1) -> float:
     """What a matmul takes by the cost model: whole waves of tiles, or the memory's time."""
-    tiles = -(-m // t.tile_m) * -(-n // t.tile_n)
-    waves, blocks = -(-tiles // ctas), -(-k // BLOCK_K)
-    compute = (BLOCK_US + BLOCK_US_PER_COLUMN * t.tile_n) * t.tile_m / 128
-    compute *= 1 if t.tile_n % 64 == 0 else ODD_WIDTH
-    loads = (t.tile_m + t.tile_n) * BLOCK_K / SM_BYTES_PER_US
-    tile = blocks * max(compute, loads) + STORE_US + STORE_US_PER_COLUMN * t.tile_n
-    memory = (m * k + n * k + 2 * m * n) / HBM_BYTES_PER_US
-    return START_US + max(waves * tile, memory)
+    down, across = t.group
+    clusters = groups * -(-m // (t.tile_m * down)) * -(-n // (t.tile_n * across))
+    waves, blocks = -(-clusters // (ctas // t.cluster)), -(-k // BLOCK_K)
+    operands = groups * (m + n) * k
+    rate = L2_BYTES_PER_US if operands < L2_BYTES else STREAMED_BYTES_PER_US
+    loads = (t.tile_m / across + t.tile_n / down) * BLOCK_K / rate
+    store = (STORE_US + STORE_US_PER_COLUMN * t.tile_n) * t.tile_m / 128
+    tiles = waves * (blocks * max(block_us(t), loads) + store)
+    memory = (operands + groups * 2 * m * n) / HBM_BYTES_PER_US
+    return START_US + max(tiles, memory) + 0.1 * min(tiles, memory)
+
+
+def block_us(t: Tuning) -> float:
+    """What a K block takes: its products' time in the tensor core, or SMEM's, which is longer.
+
+    SMEM is written once by TMA, and read for the product of every 64 rows.
+    """
+    products = t.tile_m // WARPGROUP_ROWS
+    rows_moved = products * (WARPGROUP_ROWS + t.tile_n) + t.tile_m + t.tile_n
+    cycles = max(rows_moved * BLOCK_K / SMEM_BYTES_PER_CYCLE, PROMOTION * products * 2 * t.tile_n)
+    return cycles / CYCLES_PER_US * (1 if t.tile_n % 64 == 0 else ODD_WIDTH)
+
+
+# Weight gradients: microseconds of a block of tokens, and of a tile beside.
+WGRAD_US = {
+    WgradTuning(tile_m=128, stages=4): (0.544, 1.2),
+    WgradTuning(tile_m=256, stages=3): (0.944, 2.5),
+}
+
+
+def pick_wgrad(n: int, k: int, tokens: int, *, groups: int = 1, ctas: int) -> WgradTuning:
+    """The fastest tuning for a gradient `[groups, n, k]` by the cost model.
+
+    Args:
+      n, k: sizes of a weight.
+      tokens: of all groups together.
+      groups: weights.
+      ctas: multiprocessors of the device.
+    """
+    blocks = tokens / BLOCK_K / groups
+
+    def cost_us(t):
+        block_us, tile_us = WGRAD_US[t]
+        tiles = groups * -(-n // t.tile_m) * -(-k // t.tile_n)
+        return -(-tiles // ctas) * (blocks * block_us + tile_us)
+
+    return min(WGRAD_US, key=cost_us)
 
 
 @functools.cache

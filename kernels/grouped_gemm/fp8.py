@@ -62,6 +62,7 @@ def fp8_masked_matmul(
     w: QuantizedArray,
     counts: jax.Array,
     *,
+    expected_rows: int | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -74,6 +75,8 @@ def fp8_masked_matmul(
         anything, NaN included.
       w: `e4m3[G, N, K]` with tile `(128, 128)`; N a multiple of 8.
       counts: `i32[G]`, rows of each group, at most max_m.
+      expected_rows: about how many rows a group has, by which tiles are chosen: results do not
+        depend on it. By default max_m.
       out_dtype: `bfloat16` or `float32`.
       implementation: `"mosaic_gpu"`, `"xla"`, or None for the best where it runs.
 
@@ -95,7 +98,10 @@ def fp8_masked_matmul(
             f"w.shape={w.shape})"
         )
     _check_sizes(op, "counts", counts, w.shape[0])
-    return run(op, BACKENDS, implementation, (x, w, counts), jnp.dtype(out_dtype))
+    if expected_rows is not None and not 1 <= expected_rows <= x.shape[1]:
+        raise ValueError(f"{op}: expected_rows={expected_rows} must be 1 to max_m={x.shape[1]}")
+    static = jnp.dtype(out_dtype), expected_rows
+    return run(op, BACKENDS, implementation, (x, w, counts), *static)
 
 
 def fp8_grouped_matmul_wgrad(

@@ -80,6 +80,16 @@ def test_tiles_under_way_together_share_operands(rows, columns, width, clusters,
             assert np.ptp(items.column[working, turn] // group[1]) <= -(-clusters // width)
 
 
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(**GRIDS)
+def test_bands_of_columns_are_bands_of_rows_turned(rows, columns, width, clusters, group):
+    options = {"width": width, "ctas": clusters * math.prod(group)}
+    across = mosaic.deal(rows, columns, max_rows=rows, group=group, bands="columns", **options)
+    turned = mosaic.deal(columns, rows, max_rows=columns, group=group[::-1], **options)
+    for got, wanted in zip(in_order(across), in_order(turned), strict=True):
+        assert got == [(row, column) for column, row in wanted]
+
+
 def test_every_other_band_is_walked_backwards():
     items = mosaic.deal(5, 3, max_rows=5, width=2, ctas=1, group=(1, 1))
     forwards = [(row, column) for column in range(3) for row in (0, 1)]

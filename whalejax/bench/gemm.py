@@ -28,9 +28,7 @@ from whalejax.kernels.fp8_gemm import cases as dense_cases
 from whalejax.kernels.fp8_gemm import reference as dense_reference
 from whalejax.kernels.fp8_gemm.tuning import (
     USER_TABLE,
-    candidates,
-    cost_us,
-    explored,
+    ranked,
     read_table,
     shape_key,
     write_table,
@@ -222,13 +220,15 @@ def masked(bench: Bench, cases: tuple) -> None:
         groups = len(case.counts)
         x, w = grouped_inputs((groups, case.max_m, case.k), (groups, case.n, case.k))
         sets = rotate((x, w, counts))
+        mean = int(np.mean(case.counts))  # DeepGEMM is told the same
+        matmul = functools.partial(grouped_gemm.fp8_masked_matmul, expected_rows=mean)
         found = [
-            ours(grouped_gemm.fp8_masked_matmul, sets),
+            ours(matmul, sets),
             *_on_gpu(peers.masked, sets, counts),
         ]
         bench.time(
             "masked",
-            f"{groups} of ~{int(np.mean(case.counts))} {case.n}x{case.k}",
+            f"{groups} of ~{mean} {case.n}x{case.k}",
             found,
             flops=2 * sum(case.counts) * case.n * case.k,
         )
@@ -340,10 +340,7 @@ def tune(bench: Bench, cases: tuple) -> None:
     for case in cases:
         x, w = dense_inputs(case)
         sets, ctas = rotate((x, w)), mosaic.num_sms()
-        likely = sorted(
-            candidates(case.m, case.n, 2),
-            key=lambda t, case=case: cost_us(t, case.m, case.n, case.k, ctas),
-        )[:TUNED_CANDIDATES] + explored(case.m, case.n, 2)
+        likely = ranked(case.m, case.n, case.k, out_itemsize=2, ctas=ctas)[:TUNED_CANDIDATES]
         tunings = {str(i): t for i, t in enumerate(likely)}
         named = [
             ours(functools.partial(tuned_matmul, tuning=t), sets, name)

@@ -5,7 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whalejax.kernels.fp8_gemm import tuning
-from whalejax.kernels.fp8_gemm.tuning import Tuning, WgradTuning, cost_us, explored, pick
+from whalejax.kernels.fp8_gemm.tuning import (
+    Tuning,
+    WgradTuning,
+    candidates,
+    cost_us,
+    pick,
+    pick_wgrad,
+)
 from whalejax.kernels.mosaic import SMEM_BYTES
 
 
@@ -20,14 +27,32 @@ def test_every_choice_fits(m, n, k, out_itemsize):
     t = pick(m, n, k, out_itemsize=out_itemsize, ctas=132)
     assert t.fits(out_itemsize)
     assert cost_us(t, m, n, k, 132) > 0
-    assert all(other.fits(out_itemsize) for other in explored(m, n, out_itemsize))
+    assert all(other.fits(out_itemsize) for other in candidates(m, n, k, out_itemsize))
 
 
 def test_few_tokens_get_narrow_tiles_and_many_get_wide_ones():
     few = pick(16, 4096, 7168, out_itemsize=2, ctas=132)
     many = pick(8192, 8192, 8192, out_itemsize=2, ctas=132)
     assert few.tile_m == 64 and -(-4096 // few.tile_n) > 100  # most multiprocessors read weights
-    assert (many.tile_m, many.tile_n) == (128, 192)
+    assert many.tile_m * many.tile_n >= 128 * 192
+
+
+def test_no_tiles_lie_above_each_other_where_they_must_not():
+    for m, n, k in ((100, 4096, 512), (300, 4096, 7168), (8192, 8192, 8192)):
+        t = pick(m, n, k, groups=3, above=False, out_itemsize=2, ctas=132)
+        assert t.group[0] == 1
+
+
+def test_small_groups_get_low_tiles():
+    """A group's last tile is empty for the most part where groups are smaller than tiles."""
+    sizes = {"n": 4096, "k": 7168, "groups": 16, "out_itemsize": 2, "ctas": 132}
+    assert pick(40, **sizes).tile_m == 64
+    assert pick(8192, **sizes).tile_m == 256
+
+
+def test_weight_gradients_fill_the_multiprocessors():
+    assert pick_wgrad(8192, 8192, 8192, ctas=132).tile_m == 256
+    assert pick_wgrad(128, 1024, 8192, ctas=132).tile_m == 128  # eight tiles of either height
 
 
 def test_a_measured_tuning_goes_before_the_cost_model(monkeypatch, tmp_path):
@@ -74,7 +99,8 @@ def test_a_table_that_holds_no_tunings_is_named(tmp_path, text, says):
         ({"tile_n": 100}, "tile_n=100 a multiple of 8"),
         ({"tile_m": 256, "tile_n": 192}, "at most 128"),
         ({"share": "y"}, "share='y' must be 'w' or 'x'"),
-        ({"stages": 1}, "stages=1 at least 2"),
+        ({"bands": "x"}, "bands='x' 'rows' or 'columns'"),
+        ({"stages": 1}, "stages=1 must be at least 2"),
     ],
 )
 def test_a_wrong_tuning_fails_when_it_is_made(sizes, says):
@@ -83,6 +109,6 @@ def test_a_wrong_tuning_fails_when_it_is_made(sizes, says):
 
 
 def test_weight_gradients_fit():
-    assert WgradTuning().smem_bytes() <= SMEM_BYTES
+    assert all(t.smem_bytes() <= SMEM_BYTES for t in tuning.WGRAD_US)
     with pytest.raises(ValueError, match="tile_n=176 a multiple of 32 and at most 160"):
         WgradTuning(tile_n=176)

@@ -5,13 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from whalejax.kernels.fp8_gemm.tuning import Tuning
 from whalejax.kernels.grouped_gemm import (
     fp8_grouped_linear,
     fp8_grouped_matmul,
     fp8_grouped_matmul_wgrad,
     fp8_masked_matmul,
-    hopper,
 )
 from whalejax.kernels.grouped_gemm.cases import (
     CASES,
@@ -234,6 +232,12 @@ def test_contiguous_operands_that_do_not_fit_are_printed(arguments, says):
         fp8_grouped_matmul(*arguments)
 
 
+@pytest.mark.parametrize("rows", [0, 65])
+def test_more_expected_rows_than_there_are_is_refused(rows):
+    with pytest.raises(ValueError, match=f"expected_rows={rows} must be 1 to max_m=64"):
+        fp8_masked_matmul(operand(4, 64, 272), W, sizes_of(4), expected_rows=rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -291,9 +295,3 @@ def test_a_named_kernel_says_why_it_cannot_run(call):
         call(implementation="mosaic_gpu")
     with pytest.raises(ValueError, match=r"'fast' is unknown; choose from \['mosaic_gpu', 'xla'\]"):
         call(implementation="fast")
-
-
-@pytest.mark.parametrize("sizes", [{"tile_m": 256, "tile_n": 128}, {"cluster": 2, "share": "w"}])
-def test_tiles_that_reach_into_another_group_are_refused(sizes):
-    with pytest.raises(ValueError, match="must lie in one group"):
-        hopper.tuned(Tuning(**sizes), 512, 256, 256, jnp.bfloat16, tallest=128)
