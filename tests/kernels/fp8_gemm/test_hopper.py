@@ -224,6 +224,21 @@ def test_contiguous_groups(run, tuning, rows):
     assert_rows_close(out, expected, tolerance=TOLERANCE["float32"])
 
 
+def test_a_tall_tile_leaves_the_next_group_alone(run, monkeypatch):
+    """One CTA, which comes to a group's last tile after the next group's first in its second band.
+
+    Bands of columns are walked down and up again.
+    """
+    monkeypatch.setattr(mosaic, "num_sms", lambda: 1)
+    case = grouped_cases.Case(sizes=(100, 200, 128), n=72, k=144)
+    x, w, sizes = grouped_cases.draw(case, jax.random.key(0))
+    arguments = *quantized(x, w), sizes
+    tuning = Tuning(tile_m=256, tile_n=64, stages=2, bands="columns", width=1)
+    out = run(lambda *a: grouped_hopper.fp8_grouped_matmul(*a, F32, tuning), *arguments)
+    expected = fp8_reference.fp8_grouped_matmul(*arguments, F32)
+    assert_rows_close(out, expected, tolerance=TOLERANCE["float32"])
+
+
 def test_tiles_of_several_groups_are_refused():
     arguments = fp8(512, 272), fp8(4, 200, 272, tile=WEIGHT), GROUPS
     tuning = Tuning(tile_n=64, cluster=2, share="w")
