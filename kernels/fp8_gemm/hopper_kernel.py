@@ -14,8 +14,8 @@ The tensor core sums FP8 products in about 14 bits, so the product of each K blo
 accumulator and is added, scaled, to float32 registers ("promotion"). While one math warpgroup
 promotes, the tensor core has the other's product.
 
-What bounds it, by an H100's counters (256 x 128 tiles, K = 7168): the tensor core is busy 87 to 90 %
-of the cycles, of which power leaves it 1.6 a nanosecond. SMEM is written once and read for each
+What bounds it, by counters of an H100 (256 x 128 tiles, K = 7168): the tensor core is busy 87 to 90
+% of the cycles, of which power leaves it 1.6 a nanosecond. SMEM is written once and read for each
 product, 1152 cycles a block where the tensor core needs 1024. And what a loader issues, promotion
 waits for.
 
