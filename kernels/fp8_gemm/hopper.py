@@ -7,7 +7,6 @@ from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, no_gpu
 from whalejax.kernels.fp8_gemm.tuning import (
     BLOCK_K,
-    WARPGROUP_ROWS,
     Tuning,
     WgradTuning,
     pick,
@@ -48,18 +47,8 @@ def fp8_matmul(
     """`x @ w.T`; see `fp8_gemm.api.fp8_matmul`."""
     (m, k), n = x.shape, w.shape[0]
     t = tuning or tune(m, n, k, out_dtype)
-    items = mosaic.deal(
-        -(-m // t.tile_m),
-        -(-n // t.tile_n),
-        max_rows=-(-m // t.tile_m),
-        width=t.width,
-        ctas=mosaic.num_sms() // t.cluster * t.cluster,
-        group=t.group,
-        bands=t.bands,
-    )
-    first_rows = items.row * (t.tile_m // WARPGROUP_ROWS)
-    table = mosaic.table(items, first_rows, items.column)
-    return matmul(with_group_axis(x), with_group_axis(w), table, out_dtype, t, masked=False)[0]
+    x, w = with_group_axis(x), with_group_axis(w)
+    return matmul(x, w, None, out_dtype, t, layout="dense")[0]
 
 
 def with_group_axis(q: QuantizedArray) -> QuantizedArray:
@@ -70,23 +59,24 @@ def with_group_axis(q: QuantizedArray) -> QuantizedArray:
 def matmul(
     x: QuantizedArray,
     w: QuantizedArray,
-    table: jax.Array,
+    sizes: jax.Array | None,
     out_dtype: jnp.dtype,
     t: Tuning,
     *,
-    masked: bool,
+    layout: str,
 ) -> jax.Array:
-    """Runs the matmul kernel on items: x `[x's groups, m, k]`, w `[groups, n, k]`."""
+    """Runs the matmul kernel: x `[x's groups, m, k]`, w `[groups, n, k]`; see `Problem`."""
     from whalejax.kernels.fp8_gemm.hopper_kernel import Problem, build
 
     (x_groups, m, k), (groups, n, _) = x.shape, w.shape
-    check_smem(t, t.smem_bytes(jnp.dtype(out_dtype).itemsize))
-    p = Problem(x_groups=x_groups, groups=groups, m=m, n=n, k=k, out_dtype=out_dtype, masked=masked)
+    check_smem(t, t.smem_bytes(jnp.dtype(out_dtype).itemsize, groups))
+    p = Problem(x_groups=x_groups, groups=groups, m=m, n=n, k=k, out_dtype=out_dtype, layout=layout)
     scales = w.scales
     scales = jnp.pad(scales, ((0, 0), (0, 0), (0, -scales.shape[-1] % TMA_ALIGNMENT)))
-    x_scales = x.with_scales_by_column().stored_scales
-    arguments = mosaic.unvarying((x.values, x_scales, w.values, scales, table))
-    return build(p, t, table.shape[0])(*arguments)
+    operands = x.values, x.with_scales_by_column().stored_scales, w.values, scales
+    arguments = operands if sizes is None else (*operands, sizes)
+    kernel = build(p, t, mosaic.num_sms() // t.cluster * t.cluster)
+    return kernel(*mosaic.unvarying(arguments))
 
 
 def check_smem(t: Tuning | WgradTuning, num_bytes: int) -> None:

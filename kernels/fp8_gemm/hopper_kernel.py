@@ -36,22 +36,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.fp8_gemm import tensor_core
-from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, WARPGROUP_ROWS, Tuning
+from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, ITEM_WORDS, WARPGROUP_ROWS, Tuning
+from whalejax.kernels.fp8_gemm.walk import COUNT, FIELDS, Item, walk
 from whalejax.kernels.mosaic import (
-    COUNT,
     LOADER_REGISTERS,
     MATH_REGISTERS,
     compiler_params,
     for_tma,
     next_slot,
     panel_columns,
-    place,
-    read,
     transforms,
 )
 
 F32, E4M3 = jnp.float32, jnp.float8_e4m3fn
-FIELDS = 4  # of an item: first row / 64, tile of columns, group, rows that count from there on
 COPIES = 4  # that fill a slot: x, w, and the scales of both
 SCALES_AT_ONCE = 32  # of w, along K: TMA writes to multiples of 128 bytes
 
@@ -61,8 +58,9 @@ class Problem:
     """Sizes: x `[x_groups, m, k]` times w `[groups, n, k]`.
 
     Attributes:
-      masked: items say how many rows of their group count from their first row on; others are
-        stored as zeros. Without, items are all the tiles of one matrix, dealt by `mosaic.deal`.
+      layout: `"dense"`, one group. `"contiguous"`: groups of x's rows follow on one another, each
+        from a multiple of 128 on. `"masked"`: each has an `[m, k]` of its own. With groups, rows
+        that do not count are stored as zeros.
     """
 
     x_groups: int
@@ -71,7 +69,12 @@ class Problem:
     n: int
     k: int
     out_dtype: Any
-    masked: bool
+    layout: str
+
+    @property
+    def masked(self) -> bool:
+        """Whether some rows do not count."""
+        return self.layout != "dense"
 
     @property
     def num_k(self) -> int:
@@ -94,13 +97,15 @@ class Refs(NamedTuple):
     x_scales: Any
     w: Any
     w_scales: Any
-    items: Any
+    sizes: Any  # of groups, or None
     out: Any
     X: Any
     W: Any
     XS: Any
     WS: Any
     OUT: Any
+    ITEMS: Any
+    GROUPS: Any
     full: Any
     empty: Any
 
@@ -126,24 +131,24 @@ def num_scales(n: int, t: Tuning) -> int:
 
 
 def build(p: Problem, t: Tuning, ctas: int):
-    """The kernel as a function of x, its scales, w, its scales and items."""
+    """The kernel as a function of x, its scales, w, its scales and, if there are, groups' sizes."""
 
     def body(*refs):
-        refs = Refs(*refs)
+        operands, rest = refs[:4], refs[4:]
+        refs = Refs(*operands, *(rest if p.masked else (None, *rest)))
         wg = lax.axis_index("wg")
-        cta = lax.axis_index("cluster") * t.cluster + lax.axis_index("peer")
 
         @pl.when(wg == t.warpgroups)
         def _loads():
             if t.warpgroups == 2:
                 plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-            one_warp(functools.partial(load_items, p, t, refs, cta))
+            one_warp(functools.partial(load_items, p, t, refs))
 
         @pl.when(wg < t.warpgroups)
         def _multiplies():
             if t.warpgroups == 2:
                 plgpu.set_max_registers(MATH_REGISTERS, action="increase")
-            multiply_items(p, t, refs, cta, wg)
+            multiply_items(p, t, refs, wg)
 
     empty = (
         plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages)
@@ -167,6 +172,8 @@ def build(p: Problem, t: Tuning, ctas: int):
                 p.out_dtype,
                 transforms=transforms(panel, p.out_dtype),
             ),
+            plgpu.SMEM((t.stages, ITEM_WORDS), jnp.int32),
+            plgpu.SMEM((3, p.groups + 1), jnp.int32),
             plgpu.Barrier(num_arrivals=COPIES, num_barriers=t.stages),
             empty,
         ],
@@ -189,54 +196,38 @@ def one_warp(load):
         pl.when(warp == 0)(load)
 
 
-def first_item(p: Problem, t: Tuning, refs: Refs, cta: jax.Array) -> tuple:
-    """How many items a CTA has, and its first.
-
-    Where all tiles are items, computed: before it knows them a CTA can load nothing, and the table
-    is likely to have left the L2 since the last call, a microsecond away.
-    """
-    if p.masked:
-        return refs.items[cta, 0, COUNT], read(refs.items, cta, 0, FIELDS)
-    down, across = t.group
-    rows, columns = -(-p.m // (t.tile_m * down)), -(-p.n // (t.tile_n * across))
-    cluster, clusters = lax.axis_index("cluster"), lax.axis_size("cluster")
-    row, column = place(cluster, rows, columns, t.width, t.bands)
-    if t.cluster > 1:
-        peer = lax.axis_index("peer")
-        row = row * down + peer if down > 1 else row
-        column = column * across + peer if across > 1 else column
-    count = jnp.maximum(rows * columns - cluster + clusters - 1, 0) // clusters
-    return count, [row * (t.tile_m // WARPGROUP_ROWS), column, 0, 0]
-
-
 def is_real(t, filled):
     """Whether an item, or another of its cluster along M, has rows that count."""
     return filled > -(t.group[0] - 1) * t.tile_m
 
 
-def num_k_of(p, t, filled):
-    """K blocks of an item: none where it is only filled with zeros."""
-    return jnp.where(is_real(t, filled), p.num_k, 0) if p.masked else p.num_k
+def load_items(p: Problem, t: Tuning, refs: Refs) -> None:
+    """Fills slots with K blocks of x, of w and of both scales, item after item.
 
-
-def load_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array) -> None:
-    """Fills slots with K blocks of x, of w and of both scales, item after item."""
+    An item's first slot says which it is.
+    """
     X, W = for_tma(refs.X, p.m, p.k), for_tma(refs.W, p.n, p.k)
     peers = "peer" if t.cluster > 1 else None
     x_peers, w_peers = (peers, None) if t.share == "x" else (None, peers)
+    count, item_at = walk(p, t, refs)
+    refs.ITEMS[0, COUNT] = count
 
-    def item(i, carry):
-        g, (row, column, group, filled) = carry
-        following = read(refs.items, cta, i + 1, FIELDS)  # known when it is needed
-        rows, first_column = pl.ds(row * WARPGROUP_ROWS, t.tile_m), column * t.tile_n
+    def announce(item, slot):
+        for field, value in enumerate(item):
+            refs.ITEMS[slot, field] = value
+
+    def real(item, g):
+        rows = pl.ds(item.row * WARPGROUP_ROWS, t.tile_m)
+        first_column = item.column * t.tile_n
         columns = pl.ds(first_column, t.tile_n)
         blocks = pl.ds(lax.div(first_column, BLOCK_K), num_scales(p.n, t))
-        group = group if p.groups > 1 else 0
-        x_group = group if p.x_groups > 1 else 0
+        group = item.group if p.groups > 1 else 0
+        x_group = item.group if p.x_groups > 1 else 0
 
         def block(j, g):
             slot = lax.rem(g, t.stages)  # carrying the slot itself is 5 % slower, here alone
             plgpu.barrier_wait(refs.empty.at[slot])
+            pl.when(j == 0)(functools.partial(announce, item, slot))
             k, full = pl.ds(j * BLOCK_K, BLOCK_K), refs.full.at[slot]
             x, w = refs.x.at[x_group, rows, k], refs.w.at[group, columns, k]
             plgpu.copy_gmem_to_smem(x, X.at[slot], full, collective_axes=x_peers)
@@ -247,11 +238,28 @@ def load_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array) -> None:
             plgpu.copy_gmem_to_smem(w_scales, refs.WS.at[slot], full)
             return g + 1
 
-        return lax.fori_loop(0, num_k_of(p, t, filled), block, g), following
+        return lax.fori_loop(0, p.num_k, block, g)
 
-    count, first = first_item(p, t, refs, cta)
-    g, _ = lax.fori_loop(0, count, item, (0, first))
-    drain(t, refs, g)
+    def padding(item, g):
+        slot = lax.rem(g, t.stages)
+        plgpu.barrier_wait(refs.empty.at[slot])
+        announce(item, slot)
+        fill_with_nothing(refs, slot)
+        return g + 1
+
+    def load_item(i, g):
+        item = item_at(i)
+        if not p.masked:
+            return real(item, g)
+        return lax.cond(is_real(t, item.filled), real, padding, item, g)
+
+    drain(t, refs, lax.fori_loop(0, count, load_item, 0))
+
+
+def fill_with_nothing(refs, slot: jax.Array) -> None:
+    """Says that a slot is full, though nothing was copied."""
+    for _ in range(COPIES):
+        plgpu.barrier_arrive(refs.full.at[slot])
 
 
 def drain(t: Tuning, refs: Refs, g: jax.Array) -> None:
@@ -261,13 +269,12 @@ def drain(t: Tuning, refs: Refs, g: jax.Array) -> None:
     """
     slot = lax.rem(g, t.stages)
     plgpu.barrier_wait(refs.empty.at[slot])
-    for _ in range(COPIES):
-        plgpu.barrier_arrive(refs.full.at[slot])
+    fill_with_nothing(refs, slot)
     for s in range(1, t.stages):
         plgpu.barrier_wait(refs.empty.at[lax.rem(g + s, t.stages)])
 
 
-def multiply_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array, wg: jax.Array) -> None:
+def multiply_items(p: Problem, t: Tuning, refs: Refs, wg: jax.Array) -> None:
     """Multiplies a warpgroup's rows of each item, block after block, and stores them.
 
     The loop over K is compiled once for each offset that a tile can have in a block of w's scales:
@@ -278,32 +285,33 @@ def multiply_items(p: Problem, t: Tuning, refs: Refs, cta: jax.Array, wg: jax.Ar
     starts = offsets(p.n, t)
     plgpu.barrier_wait(refs.full.at[0])
 
-    def item(i, carry):
-        slot, (row, column, group, filled) = carry
-        following = read(refs.items, cta, i + 1, FIELDS)  # known when it is needed
-        tile = row, column, group, filled
+    def item(_, slot):
+        tile = Item(*(refs.ITEMS[slot, field] for field in range(FIELDS)))
         branches = [
             functools.partial(multiply_item, p, t, refs, wg, segments(offset, t), tile, slot)
             for offset in starts
         ]
-        which = lax.rem(column, len(starts)) if len(starts) > 1 else 0
+        which = lax.rem(tile.column, len(starts)) if len(starts) > 1 else 0
         if not p.masked:
             switch(which, branches)
-            return lax.rem(slot + p.num_k, t.stages), following
+            return lax.rem(slot + p.num_k, t.stages)
 
-        @pl.when(is_real(t, filled))
+        real = is_real(t, tile.filled)
+
+        @pl.when(real)
         def _real():
             switch(which, branches)
 
-        @pl.when(~is_real(t, filled))
+        @pl.when(~real)
         def _padding():
-            parts = segments(0, t)
+            parts, following = segments(0, t), next_slot(t.stages, slot)
+            plgpu.barrier_arrive(refs.empty.at[slot])
             store(p, t, refs, wg, tile, parts, [zeros(parts)] * t.waves)
+            plgpu.barrier_wait(refs.full.at[following])
 
-        return lax.rem(slot + num_k_of(p, t, filled), t.stages), following
+        return lax.rem(slot + jnp.where(real, p.num_k, 1), t.stages)
 
-    count, first = first_item(p, t, refs, cta)
-    lax.fori_loop(0, count, item, (0, first))
+    lax.fori_loop(0, refs.ITEMS[0, COUNT], item, 0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -11,6 +11,7 @@ from whalejax.kernels.mosaic import SMEM_BYTES, rounded
 BLOCK_K = 128  # elements of K that share a scale: one slot of the ring
 WARPGROUP_ROWS = 64  # rows of a wgmma
 MAX_STAGES = 12
+ITEM_WORDS = 8  # int32 that say in SMEM what a slot belongs to
 TABLE = Path(__file__).with_name("tuning_table.json")
 USER_TABLE = Path.home() / ".cache" / "whalejax" / "fp8_gemm_tuning.json"
 
@@ -66,20 +67,22 @@ class Tuning:
         """A cluster's tiles along M and N."""
         return (self.cluster, 1) if self.share == "w" else (1, self.cluster)
 
-    def smem_bytes(self, out_itemsize: int) -> int:
-        """SMEM of a CTA: the ring, the scales, the output on its way, barriers."""
+    def smem_bytes(self, out_itemsize: int, groups: int = 1) -> int:
+        """SMEM of a CTA: the ring, scales, the output on its way, items, groups, barriers."""
         return (
             rounded(self.stages * self.tile_m * BLOCK_K)
             + rounded(self.stages * self.tile_n * BLOCK_K)
             + rounded(self.stages * self.tile_m * 4)
             + rounded(self.stages * 3 * BLOCK_K)  # of w: at most 3 blocks of 32 scales
             + rounded(self.tile_m * self.tile_n * out_itemsize)
+            + rounded(self.stages * ITEM_WORDS * 4)
+            + rounded(3 * (groups + 1) * 4)
             + rounded(2 * self.stages * 8)
         )
 
-    def fits(self, out_itemsize: int) -> bool:
+    def fits(self, out_itemsize: int, groups: int = 1) -> bool:
         """Whether a CTA has the SMEM."""
-        return self.smem_bytes(out_itemsize) <= SMEM_BYTES
+        return self.smem_bytes(out_itemsize, groups) <= SMEM_BYTES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,11 +171,11 @@ def ranked(
     m: int, n: int, k: int, *, groups: int = 1, out_itemsize: int, ctas: int
 ) -> list[Tuning]:
     """The tunings worth a thought, the fastest by the cost model first; see `pick`."""
-    found = candidates(m, n, k, out_itemsize)
+    found = candidates(m, n, k, out_itemsize, groups)
     return sorted(found, key=lambda t: cost_us(t, m, n, k, ctas, groups))
 
 
-def candidates(m: int, n: int, k: int, out_itemsize: int) -> list[Tuning]:
+def candidates(m: int, n: int, k: int, out_itemsize: int, groups: int = 1) -> list[Tuning]:
     """Tiles of every width, alone and in clusters of two, with as deep a ring as fits."""
     alone, beside, above = (1, "w"), (2, "x"), (2, "w")
     narrow = [16] if n < 32 else [32, 48, 56, 64, 96, 128]
@@ -191,15 +194,12 @@ def candidates(m: int, n: int, k: int, out_itemsize: int) -> list[Tuning]:
         for tile_m, (widths, clusters) in heights.items()
         for tile_n in widths
         for cluster, share in clusters
-        if (
-            t := deepest(
-                k, out_itemsize, tile_m=tile_m, tile_n=tile_n, cluster=cluster, share=share
-            )
-        )
+        for sizes in [{"tile_m": tile_m, "tile_n": tile_n, "cluster": cluster, "share": share}]
+        if (t := deepest(k, out_itemsize, groups, **sizes))
     ]
 
 
-def deepest(k: int, out_itemsize: int, **sizes: Any) -> Tuning | None:
+def deepest(k: int, out_itemsize: int, groups: int = 1, **sizes: Any) -> Tuning | None:
     """The tuning of these sizes with the most stages that fit, if three do.
 
     Two tiles that lie side by side are walked in bands of columns, which keeps what they write
@@ -213,7 +213,7 @@ def deepest(k: int, out_itemsize: int, **sizes: Any) -> Tuning | None:
         else {"bands": "rows", "width": 32 if k < SHORT_K // 2 else 8}
     )
     tunings = (Tuning(stages=stages, **sizes, **walk) for stages in range(MAX_STAGES, 2, -1))
-    return next((t for t in tunings if t.fits(out_itemsize)), None)
+    return next((t for t in tunings if t.fits(out_itemsize, groups)), None)
 
 
 def cost_us(t: Tuning, m: int, n: int, k: int, ctas: int, groups: int = 1) -> float:

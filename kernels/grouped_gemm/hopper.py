@@ -1,20 +1,17 @@
-"""Grouped FP8 matmuls on Hopper: the dense kernels, on items that know their group.
+"""Grouped FP8 matmuls on Hopper: the dense kernels, on tiles that know their group.
 
-Which tiles there are depends on sizes that only the device knows: XLA turns them into the kernel's
-table of items. Shapes are static, so there is always room for the worst case; tiles without rows
-come last or are left out.
+Which tiles there are depends on sizes that only the device knows. Matmuls find out themselves
+(`fp8_gemm.walk`); for weight gradients XLA makes a table.
 """
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, no_gpu
 from whalejax.kernels.fp8_gemm.hopper import matmul, wgrad, with_group_axis
 from whalejax.kernels.fp8_gemm.tuning import (
     BLOCK_K,
-    WARPGROUP_ROWS,
     Tuning,
     WgradTuning,
     pick,
@@ -24,9 +21,6 @@ from whalejax.kernels.groups import (
     ALIGNMENT,
     aligned,
     exclusive_cumsum,
-    locate,
-    locate_in,
-    total,
 )
 from whalejax.kernels.quantization import QuantizedArray
 
@@ -56,24 +50,7 @@ def fp8_grouped_matmul(
             f"cluster={t.cluster} and share={t.share!r}: tiles that share w must lie in one group; "
             f"share='x' has no such limit"
         )
-    # a group's last tile may reach into the next group: its rows there are not stored
-    height = max(t.tile_m, ALIGNMENT)
-    if height == ALIGNMENT:
-        num_tiles = most = m // t.tile_m
-    else:
-        end, packed_end = total(group_sizes, height), total(group_sizes, ALIGNMENT)
-        num_tiles = lax.div(end + aligned(m - packed_end, height), t.tile_m)
-        # half a tile is lost to each group, and to the rows behind the last
-        most = (m // ALIGNMENT + groups + 1) // (height // ALIGNMENT)
-    items = deal(num_tiles, most, n, t)
-    position = items.row * t.tile_m
-    group, (start, packed) = locate_in(group_sizes, position, height, ALIGNMENT)
-    first, filled = packed + position - start, group_sizes[group] + start - position
-    if height > ALIGNMENT:
-        first = jnp.where(position < end, first, packed_end + position - end)
-        filled = jnp.where(position < end, filled, 0)
-    table = mosaic.table(items, first // WARPGROUP_ROWS, items.column, group, filled)
-    return matmul(with_group_axis(x), w, table, out_dtype, t, masked=True)[0]
+    return matmul(with_group_axis(x), w, group_sizes, out_dtype, t, layout="contiguous")[0]
 
 
 def fp8_masked_matmul(
@@ -87,18 +64,7 @@ def fp8_masked_matmul(
     """`x[g, :counts[g]] @ w[g].T`; see `grouped_gemm.fp8.fp8_masked_matmul`."""
     (groups, max_m, k), n = x.shape, w.shape[1]
     t = tuning or choose(groups, expected_rows or max_m, n, k, out_dtype)
-    height = t.tile_m * t.group[0]  # of the tiles that lie in one group
-    items = deal(
-        lax.div(total(counts, height), t.tile_m),
-        groups * -(-max_m // height) * t.group[0],
-        n,
-        t,
-    )
-    # as if each group's tiles followed on those of the group before it
-    group, start = locate(counts, items.row * t.tile_m, height)
-    first = items.row * t.tile_m - start
-    table = mosaic.table(items, first // WARPGROUP_ROWS, items.column, group, counts[group] - first)
-    return matmul(x, w, table, out_dtype, t, masked=True)
+    return matmul(x, w, counts, out_dtype, t, layout="masked")
 
 
 def choose(
@@ -113,19 +79,6 @@ def choose(
         above=above,
         out_itemsize=jnp.dtype(out_dtype).itemsize,
         ctas=mosaic.num_sms(),
-    )
-
-
-def deal(rows: jax.Array | int, most: int, n: int, t: Tuning) -> mosaic.Items:
-    """`mosaic.deal` of at most so many tiles of rows."""
-    return mosaic.deal(
-        rows,
-        -(-n // t.tile_n),
-        max_rows=most,
-        width=t.width,
-        ctas=mosaic.num_sms() // t.cluster * t.cluster,
-        group=t.group,
-        bands=t.bands,
     )
 
 
