@@ -26,49 +26,30 @@ def exclusive_cumsum(sizes: jax.Array) -> jax.Array:
 def locate(group_sizes: jax.Array, rows: jax.Array, alignment: int) -> tuple[jax.Array, jax.Array]:
     """The group in which each of `rows` lies, with its padding, and where that group starts.
 
-    Rows past the end count as the last group's.
-    """
-    group, (start,) = locate_in(group_sizes, rows, alignment)
-    return group, start
-
-
-def locate_in(
-    group_sizes: jax.Array, rows: jax.Array, *alignments: int
-) -> tuple[jax.Array, list[jax.Array]]:
-    """The same among groups padded to the first alignment; starts are given for each of them.
-
-    For few groups the search is written out: on a GPU XLA makes it part of the kernel that uses it,
-    where sums and searches are kernels of their own.
+    Rows past the end count as the last group's. For few groups the search is written out: on a GPU
+    XLA makes it part of the kernel that uses it, where sums and searches are kernels of their own.
     """
     last = group_sizes.shape[0] - 1
     if last >= FEW_GROUPS:
-        starts = [exclusive_cumsum(aligned(group_sizes, alignment)) for alignment in alignments]
-        group = jnp.searchsorted(starts[0][1:], rows, side="right", method="scan_unrolled").astype(
+        starts = exclusive_cumsum(aligned(group_sizes, alignment))
+        group = jnp.searchsorted(starts[1:], rows, side="right", method="scan_unrolled").astype(
             jnp.int32
         )
-        return group, [start[group] for start in starts]
-    group, end = jnp.zeros_like(rows), jnp.zeros((), rows.dtype)
-    starts = [jnp.zeros_like(rows) for _ in alignments]
+        return group, starts[group]
+    group, start, end = jnp.zeros_like(rows), jnp.zeros_like(rows), jnp.zeros((), rows.dtype)
     for g in range(last):
-        sizes = [aligned(group_sizes[g], alignment) for alignment in alignments]
-        end += sizes[0]
+        size = aligned(group_sizes[g], alignment)
+        end += size
         behind = rows >= end
         group += behind.astype(group.dtype)
-        starts = [s + jnp.where(behind, size, 0) for s, size in zip(starts, sizes, strict=True)]
-    return group.astype(jnp.int32), starts
+        start += jnp.where(behind, size, 0)
+    return group.astype(jnp.int32), start
 
 
 def rows_left(group_sizes: jax.Array, rows: jax.Array, alignment: int) -> jax.Array:
     """How many real rows its group has from each of `rows` on; none or fewer in padding."""
     group, start = locate(group_sizes, rows, alignment)
     return group_sizes[group] + start - rows
-
-
-def total(group_sizes: jax.Array, alignment: int) -> jax.Array:
-    """Rows of all groups with their padding; written out for few groups, as in `locate`."""
-    if group_sizes.shape[0] > FEW_GROUPS:
-        return jnp.sum(aligned(group_sizes, alignment))
-    return sum(aligned(group_sizes[g], alignment) for g in range(group_sizes.shape[0]))
 
 
 def group_of_tiles(group_sizes: jax.Array, num_tiles: int, alignment: int) -> jax.Array:

@@ -1,91 +1,32 @@
-"""Parts that the Mosaic GPU kernels share: the order of tiles, and how tiles lie in SMEM.
-
-A persistent kernel's work is a table in GMEM, a list of items for each CTA: reading an item costs
-fewer registers than computing it, and a table made on the device follows sizes known only there.
-"""
+"""Parts that the Mosaic GPU kernels share: the order of tiles, and how tiles lie in SMEM."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 SMEM_BYTES = 232_448  # what a CTA may have on Hopper
 SMEM_ROUNDING = 1024  # every scratch buffer starts on a multiple of this
 NUM_SMS = 132  # of an H100 SXM, H200 and H20; assumed where there is no GPU to ask
 LOADER_REGISTERS, MATH_REGISTERS = 24, 240  # of a thread, one loading and two math warpgroups
-COUNT = 7  # the last int32 of an item: with it, 32 bytes, a sector
-
-
-class Items(NamedTuple):
-    """Work of each CTA in order; all `i32[ctas, length]` but counts.
-
-    Attributes:
-      row: tile of rows.
-      column: tile of columns.
-      counts: `i32[ctas]`, how many items each CTA has.
-    """
-
-    row: Any
-    column: Any
-    counts: Any
-
-
-def deal(
-    rows: Any,
-    columns: int,
-    *,
-    max_rows: int,
-    width: int,
-    ctas: int,
-    group: tuple[int, int],
-    bands: str = "rows",
-):
-    """Deals a grid of tiles to clusters of CTAs, so that tiles worked on together lie together.
-
-    Tiles are walked in bands of `width` rows, column by column, every other band backwards: the
-    operands of the tiles under way at one time stay in the L2. Or in bands of columns, row by row.
-
-    Args:
-      rows: tiles along M: an int, or an int32 scalar known on the device alone.
-      columns: tiles along N.
-      max_rows: largest value of `rows`.
-      width: rows of a band, in clusters.
-      ctas: CTAs of the launch, a multiple of the cluster's size.
-      group: a cluster's tiles along M and N.
-      bands: of `"rows"` or `"columns"`.
-
-    Returns:
-      `Items`, of numpy arrays where `rows` is an int. A cluster's last tiles may lie past the grid.
-    """
-    xp = np if isinstance(rows, int) else jnp
-    down, across = group
-    clusters = ctas // (down * across)
-    cluster_rows, cluster_columns = -(-rows // down), -(-columns // across)
-    length = -(-(-(-max_rows // down) * cluster_columns) // clusters)
-    total = cluster_rows * cluster_columns
-    # the item of turn t of cluster c is number t * clusters + c
-    i = np.arange(length, dtype=np.int32)[None] * clusters
-    i = i + np.arange(clusters, dtype=np.int32)[:, None]
-    row, column = place(i, cluster_rows, cluster_columns, width, bands, xp)
-    peer = np.arange(down * across, dtype=np.int32)[None, :, None]
-    row = row[:, None] * down + (peer if down > 1 else 0 * peer)
-    column = column[:, None] * across + (peer if across > 1 else 0 * peer)
-    counts = xp.maximum(total - np.arange(clusters, dtype=np.int32) + clusters - 1, 0) // clusters
-    each = xp.repeat(counts, down * across)
-    as_rows = (ctas, length)
-    return Items(
-        row.reshape(as_rows).astype(np.int32),
-        column.reshape(as_rows).astype(np.int32),
-        each.astype(np.int32),
-    )
 
 
 def place(
     i: Any, rows: Any, columns: Any, width: int, bands: str = "rows", xp: Any = jnp
 ) -> tuple[Any, Any]:
-    """Row and column of the i-th tile, or cluster of tiles, in a grid; see `deal`."""
+    """Row and column of the i-th tile of a grid, in an order that keeps tiles' operands in the L2.
+
+    Tiles are walked in bands of `width` rows, column by column, every other band backwards. Or in
+    bands of columns, row by row.
+
+    Args:
+      i: number of the tile, or an array of them.
+      rows, columns: of the grid: an int, or an int32 scalar known on the device alone.
+      width: of a band.
+      bands: of `"rows"` or `"columns"`.
+      xp: `jax.numpy`, or numpy.
+    """
     if bands == "columns":
         column, row = place(i, columns, rows, width, xp=xp)
         return row, column
@@ -94,6 +35,11 @@ def place(
     column = inside // in_band
     column = xp.where(band % 2 == 1, columns - 1 - column, column)
     return band * width + inside % in_band, column
+
+
+def turns(tiles: Any, worker: Any, workers: int) -> Any:
+    """How many tiles are a worker's, where each has one of `workers` in turn."""
+    return (tiles + workers - 1 - worker) // workers
 
 
 def transforms(columns: int, dtype: Any) -> tuple:
@@ -196,21 +142,3 @@ def num_sms() -> int:
     if jax.default_backend() != "gpu":
         return NUM_SMS
     return getattr(jax.devices()[0], "core_count", NUM_SMS)
-
-
-def table(items: Items, *columns: Any) -> jax.Array:
-    """Packs int32 arrays `[ctas, length]` into `i32[ctas, length, 8]`: an item a sector.
-
-    Its last column says how many items the CTA has: a CTA's first read tells it all, where a read
-    for the count and one for the item would cost the memory's latency twice.
-    """
-    xp = np if all(isinstance(c, np.ndarray) for c in (items.counts, *columns)) else jnp
-    counts = xp.broadcast_to(items.counts[:, None], items.row.shape)
-    rest = [xp.zeros_like(counts)] * (COUNT - len(columns))
-    return jnp.asarray(xp.stack([*columns, *rest, counts], axis=-1))
-
-
-def read(items: Any, cta: jax.Array, i: jax.Array, fields: int) -> list[jax.Array]:
-    """The first `fields` columns of item i, or of the last there is room for, in a kernel."""
-    i = jnp.minimum(i, items.shape[1] - 1)
-    return [items[cta, i, field] for field in range(fields)]

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, no_gpu
 from whalejax.kernels.fp8_gemm.tuning import (
-    BLOCK_K,
     Tuning,
     WgradTuning,
     pick,
@@ -94,30 +93,35 @@ def fp8_matmul_wgrad(
     """`dy_t @ x_t.T`; see `fp8_gemm.api.fp8_matmul_wgrad`."""
     (k, m), n = x_t.shape, dy_t.shape[0]
     t = tuning or pick_wgrad(n, k, m, ctas=mosaic.num_sms())
-    items = mosaic.deal(
-        -(-n // t.tile_m),
-        -(-k // t.tile_n),
-        max_rows=-(-n // t.tile_m),
-        width=t.width,
-        ctas=mosaic.num_sms(),
-        group=(1, 1),
-    )
-    none = items.row * 0
-    table = mosaic.table(items, items.row, items.column, none, none, none + -(-m // BLOCK_K))
-    return wgrad(x_t, dy_t, accumulate, 1, table, t).reshape(n, k)
+    return wgrad(x_t, dy_t, accumulate, None, 1, t).reshape(n, k)
 
 
-def wgrad(x_t, dy_t, accumulate, groups, table, t):
-    """Runs the weight gradient kernel on items; `[groups, n, k]`."""
+def wgrad(
+    x_t: QuantizedArray,
+    dy_t: QuantizedArray,
+    accumulate: jax.Array | None,
+    sizes: jax.Array | None,
+    groups: int,
+    t: WgradTuning,
+) -> jax.Array:
+    """Runs the weight gradient kernel, on groups of tokens if there are sizes; `[groups, n, k]`."""
     from whalejax.kernels.fp8_gemm.hopper_wgrad_kernel import Problem, build
 
-    n, k = dy_t.shape[0], x_t.shape[0]
-    check_smem(t, t.smem_bytes())
-    p = Problem(groups=groups, n=n, k=k, accumulate=accumulate is not None)
+    n, (k, m) = dy_t.shape[0], x_t.shape
+    check_smem(t, t.smem_bytes(groups))
+    p = Problem(
+        groups=groups,
+        n=n,
+        k=k,
+        m=m,
+        grouped=sizes is not None,
+        accumulate=accumulate is not None,
+    )
     x_t, dy_t = x_t.with_scales_by_column(), dy_t.with_scales_by_column()
-    arguments = dy_t.values, dy_t.stored_scales, x_t.values, x_t.stored_scales, table
+    operands = dy_t.values, dy_t.stored_scales, x_t.values, x_t.stored_scales
+    arguments = operands if sizes is None else (*operands, sizes)
     arguments, accumulate = mosaic.unvarying((arguments, accumulate))
-    kernel = build(p, t, table.shape[0])
+    kernel = build(p, t, mosaic.num_sms())
     if accumulate is None:
         return kernel(*arguments)
     out = jax.new_ref(accumulate.reshape(groups, n, k))

@@ -36,7 +36,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.fp8_gemm import tensor_core
-from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, ITEM_WORDS, WARPGROUP_ROWS, Tuning
+from whalejax.kernels.fp8_gemm.tuning import (
+    BLOCK_K,
+    GROUP_FIELDS,
+    ITEM_WORDS,
+    WARPGROUP_ROWS,
+    Tuning,
+)
 from whalejax.kernels.fp8_gemm.walk import COUNT, FIELDS, Item, walk
 from whalejax.kernels.mosaic import (
     LOADER_REGISTERS,
@@ -173,7 +179,7 @@ def build(p: Problem, t: Tuning, ctas: int):
                 transforms=transforms(panel, p.out_dtype),
             ),
             plgpu.SMEM((t.stages, ITEM_WORDS), jnp.int32),
-            plgpu.SMEM((3, p.groups + 1), jnp.int32),
+            plgpu.SMEM((GROUP_FIELDS, p.groups + 1), jnp.int32),
             plgpu.Barrier(num_arrivals=COPIES, num_barriers=t.stages),
             empty,
         ],
@@ -212,10 +218,6 @@ def load_items(p: Problem, t: Tuning, refs: Refs) -> None:
     count, item_at = walk(p, t, refs)
     refs.ITEMS[0, COUNT] = count
 
-    def announce(item, slot):
-        for field, value in enumerate(item):
-            refs.ITEMS[slot, field] = value
-
     def real(item, g):
         rows = pl.ds(item.row * WARPGROUP_ROWS, t.tile_m)
         first_column = item.column * t.tile_n
@@ -227,7 +229,7 @@ def load_items(p: Problem, t: Tuning, refs: Refs) -> None:
         def block(j, g):
             slot = lax.rem(g, t.stages)  # carrying the slot itself is 5 % slower, here alone
             plgpu.barrier_wait(refs.empty.at[slot])
-            pl.when(j == 0)(functools.partial(announce, item, slot))
+            pl.when(j == 0)(functools.partial(announce, refs, item, slot))
             k, full = pl.ds(j * BLOCK_K, BLOCK_K), refs.full.at[slot]
             x, w = refs.x.at[x_group, rows, k], refs.w.at[group, columns, k]
             plgpu.copy_gmem_to_smem(x, X.at[slot], full, collective_axes=x_peers)
@@ -241,10 +243,7 @@ def load_items(p: Problem, t: Tuning, refs: Refs) -> None:
         return lax.fori_loop(0, p.num_k, block, g)
 
     def padding(item, g):
-        slot = lax.rem(g, t.stages)
-        plgpu.barrier_wait(refs.empty.at[slot])
-        announce(item, slot)
-        fill_with_nothing(refs, slot)
+        load_nothing(t, refs, item, g)
         return g + 1
 
     def load_item(i, g):
@@ -256,20 +255,27 @@ def load_items(p: Problem, t: Tuning, refs: Refs) -> None:
     drain(t, refs, lax.fori_loop(0, count, load_item, 0))
 
 
-def fill_with_nothing(refs, slot: jax.Array) -> None:
-    """Says that a slot is full, though nothing was copied."""
+def announce(refs: Any, item: tuple, slot: jax.Array) -> None:
+    """Leaves an item in SMEM for those who await this slot."""
+    for field, value in enumerate(item):
+        refs.ITEMS[slot, field] = value
+
+
+def load_nothing(t: Tuning, refs: Any, item: tuple, g: jax.Array) -> None:
+    """Fills the g-th slot with an item that has no K blocks."""
+    slot = lax.rem(g, t.stages)
+    plgpu.barrier_wait(refs.empty.at[slot])
+    announce(refs, item, slot)
     for _ in range(COPIES):
         plgpu.barrier_arrive(refs.full.at[slot])
 
 
-def drain(t: Tuning, refs: Refs, g: jax.Array) -> None:
+def drain(t: Tuning, refs: Any, g: jax.Array) -> None:
     """Fills one more slot with nothing, for which the last block's step waits, and awaits the rest.
 
     A peer's last arrivals must find this CTA still there.
     """
-    slot = lax.rem(g, t.stages)
-    plgpu.barrier_wait(refs.empty.at[slot])
-    fill_with_nothing(refs, slot)
+    load_nothing(t, refs, (), g)
     for s in range(1, t.stages):
         plgpu.barrier_wait(refs.empty.at[lax.rem(g + s, t.stages)])
 

@@ -6,7 +6,8 @@ roles and their drawing are those of `hopper_kernel`; what differs:
 - a product is scaled by its row and by its column, two operations an element instead of one;
 - the output is float32, and TMA adds it to what the output holds, if there is something to add to;
 - tokens are cut into groups, each with an output of its own: an item is a tile of one group and
-  says which blocks of tokens to sum. A group without tokens becomes zeros.
+  says which blocks of tokens to sum. A group without tokens becomes zeros. A group's tiles stand
+  together: all of them read the same tokens.
 """
 
 import dataclasses
@@ -20,21 +21,35 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.fp8_gemm import tensor_core
-from whalejax.kernels.fp8_gemm.hopper_kernel import COPIES, drain, first_row, one_warp
-from whalejax.kernels.fp8_gemm.tuning import BLOCK_K, WARPGROUP_ROWS, WgradTuning
+from whalejax.kernels.fp8_gemm.hopper_kernel import (
+    COPIES,
+    announce,
+    drain,
+    first_row,
+    load_nothing,
+    one_warp,
+)
+from whalejax.kernels.fp8_gemm.tuning import (
+    BLOCK_K,
+    GROUP_FIELDS,
+    ITEM_WORDS,
+    WARPGROUP_ROWS,
+    WgradTuning,
+)
+from whalejax.kernels.fp8_gemm.walk import COUNT, SIZE, START, fill
+from whalejax.kernels.groups import ALIGNMENT, aligned
 from whalejax.kernels.mosaic import (
-    COUNT,
     LOADER_REGISTERS,
     MATH_REGISTERS,
     compiler_params,
     for_tma,
     next_slot,
-    read,
+    place,
     transforms,
+    turns,
 )
 
 F32, E4M3 = jnp.float32, jnp.float8_e4m3fn
-ROW, COLUMN, GROUP, FIRST, BLOCKS = range(FIELDS := 5)  # columns of an item
 WARPGROUPS = 2
 PANEL = 32  # columns of the output that TMA swizzles together
 
@@ -44,13 +59,26 @@ class Problem:
     """Sizes: dy_t `[n, m]` times x_t `[k, m]`, into `[groups, n, k]`.
 
     Attributes:
+      grouped: whether there are sizes of groups; without, all tokens are of one.
       accumulate: whether the product is added to what the output holds.
     """
 
     groups: int
     n: int
     k: int
+    m: int
+    grouped: bool
     accumulate: bool
+
+
+class Item(NamedTuple):
+    """A tile of a group, and the blocks of tokens that it sums."""
+
+    row: Any
+    column: Any
+    group: Any
+    first: Any
+    blocks: Any
 
 
 class Refs(NamedTuple):
@@ -60,36 +88,39 @@ class Refs(NamedTuple):
     dy_scales: Any
     x: Any
     x_scales: Any
-    items: Any
+    sizes: Any  # of groups, or None
     out: Any
     DY: Any
     X: Any
     DYS: Any
     XS: Any
     OUT: Any
+    ITEMS: Any
+    GROUPS: Any
     full: Any
     empty: Any
 
 
 def build(p: Problem, t: WgradTuning, ctas: int):
-    """The kernel as a function of dy, its scales, x, its scales and items.
+    """The kernel as a function of dy, its scales, x, its scales and, if there are, groups' sizes.
 
     Where `p.accumulate`, the output is one more argument, a mutable array.
     """
 
     def body(*refs):
-        refs = Refs(*refs)
-        wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+        operands, rest = refs[:4], refs[4:]
+        refs = Refs(*operands, *(rest if p.grouped else (None, *rest)))
+        wg = lax.axis_index("wg")
 
         @pl.when(wg == WARPGROUPS)
         def _loads():
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-            one_warp(functools.partial(load_items, p, t, refs, cta))
+            one_warp(functools.partial(load_items, p, t, refs))
 
         @pl.when(wg < WARPGROUPS)
         def _multiplies():
             plgpu.set_max_registers(MATH_REGISTERS, action="increase")
-            multiply_items(p, t, refs, cta, wg)
+            multiply_items(p, t, refs, wg)
 
     operand = transforms(BLOCK_K, E4M3)
     out = jax.ShapeDtypeStruct((p.groups, p.n, p.k), F32)
@@ -106,6 +137,8 @@ def build(p: Problem, t: WgradTuning, ctas: int):
                 F32,
                 transforms=transforms(PANEL, F32),
             ),
+            plgpu.SMEM((t.stages, ITEM_WORDS), jnp.int32),
+            plgpu.SMEM((GROUP_FIELDS, p.groups + 1), jnp.int32),
             plgpu.Barrier(num_arrivals=COPIES, num_barriers=t.stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=t.stages),
         ],
@@ -118,58 +151,87 @@ def build(p: Problem, t: WgradTuning, ctas: int):
     )
 
 
-def load_items(p: Problem, t: WgradTuning, refs: Refs, cta: jax.Array) -> None:
-    """Fills slots with blocks of tokens of both operands and their scales, item after item."""
-    m = refs.dy.shape[1]
-    DY, X = for_tma(refs.DY, p.n, m), for_tma(refs.X, p.k, m)
+def walk(p: Problem, t: WgradTuning, refs: Refs) -> tuple[jax.Array, Any]:
+    """How many items a CTA has, and the function that computes its i-th; see `walk.walk`."""
+    if p.grouped:
+        fill(refs.GROUPS, p.groups, refs.sizes, ALIGNMENT)
+    rows, columns = -(-p.n // t.tile_m), -(-p.k // t.tile_n)
+    cta, ctas = lax.axis_index("cta"), lax.axis_size("cta")
 
-    def item(i, carry):
-        g, (row, column, _, first, blocks) = carry
-        following = read(refs.items, cta, i + 1, FIELDS)  # known when it is needed
-        rows, columns = pl.ds(row * t.tile_m, t.tile_m), pl.ds(column * t.tile_n, t.tile_n)
+    def item(i):
+        row, column = place(cta + i * ctas, p.groups * rows, columns, t.width)
+        if not p.grouped:
+            return Item(row, column, 0, 0, -(-p.m // BLOCK_K))
+        group = lax.div(row, rows)
+        first, size = refs.GROUPS[START, group], refs.GROUPS[SIZE, group]
+        blocks = lax.div(aligned(size, ALIGNMENT), BLOCK_K)
+        return Item(lax.rem(row, rows), column, group, lax.div(first, BLOCK_K), blocks)
+
+    return turns(p.groups * rows * columns, cta, ctas), item
+
+
+def load_items(p: Problem, t: WgradTuning, refs: Refs) -> None:
+    """Fills slots with blocks of tokens of both operands and their scales, item after item."""
+    DY, X = for_tma(refs.DY, p.n, p.m), for_tma(refs.X, p.k, p.m)
+    count, item_at = walk(p, t, refs)
+    refs.ITEMS[0, COUNT] = count
+
+    def load_item(i, g):
+        item = item_at(i)
+        rows = pl.ds(item.row * t.tile_m, t.tile_m)
+        columns = pl.ds(item.column * t.tile_n, t.tile_n)
 
         def block(j, g):
             slot = lax.rem(g, t.stages)  # carrying the slot itself is slower, here alone
             plgpu.barrier_wait(refs.empty.at[slot])
-            tokens, full = pl.ds((first + j) * BLOCK_K, BLOCK_K), refs.full.at[slot]
+            pl.when(j == 0)(functools.partial(announce, refs, item, slot))
+            number, full = item.first + j, refs.full.at[slot]
+            tokens = pl.ds(number * BLOCK_K, BLOCK_K)
             plgpu.copy_gmem_to_smem(refs.dy.at[rows, tokens], DY.at[slot], full)
             plgpu.copy_gmem_to_smem(refs.x.at[columns, tokens], X.at[slot], full)
-            plgpu.copy_gmem_to_smem(refs.dy_scales.at[first + j, rows], refs.DYS.at[slot], full)
-            plgpu.copy_gmem_to_smem(refs.x_scales.at[first + j, columns], refs.XS.at[slot], full)
+            plgpu.copy_gmem_to_smem(refs.dy_scales.at[number, rows], refs.DYS.at[slot], full)
+            plgpu.copy_gmem_to_smem(refs.x_scales.at[number, columns], refs.XS.at[slot], full)
             return g + 1
 
-        return lax.fori_loop(0, blocks, block, g), following
+        def nothing(g):
+            load_nothing(t, refs, item, g)
+            return g + 1
 
-    start = 0, read(refs.items, cta, 0, FIELDS)
-    g, _ = lax.fori_loop(0, refs.items[cta, 0, COUNT], item, start)
-    drain(t, refs, g)
+        if not p.grouped:
+            return lax.fori_loop(0, item.blocks, block, g)
+        blocks = functools.partial(lax.fori_loop, 0, item.blocks, block)
+        return lax.cond(item.blocks > 0, blocks, nothing, g)
+
+    drain(t, refs, lax.fori_loop(0, count, load_item, 0))
 
 
-def multiply_items(p, t: WgradTuning, refs: Refs, cta: jax.Array, wg: jax.Array) -> None:
+def multiply_items(p, t: WgradTuning, refs: Refs, wg: jax.Array) -> None:
     """Multiplies a warpgroup's rows of each item, block after block, and stores them."""
     for s in range(t.stages):
         plgpu.barrier_arrive(refs.empty.at[s])
     plgpu.barrier_wait(refs.full.at[0])
 
-    def item(i, carry):
-        slot, (row, column, group, _, blocks) = carry
-        following = read(refs.items, cta, i + 1, FIELDS)  # known when it is needed
-        store_item = functools.partial(store, p, t, refs, wg, (row, column, group))
+    def item(_, slot):
+        tile = Item(*(refs.ITEMS[slot, field] for field in range(len(Item._fields))))
+        store_item = functools.partial(store, p, t, refs, wg, tile)
+        if not p.grouped:
+            store_item(multiply_item(t, refs, wg, slot, tile.blocks))
+            return lax.rem(slot + tile.blocks, t.stages)
 
-        @pl.when(blocks > 0)
+        @pl.when(tile.blocks > 0)
         def _product():
-            store_item(multiply_item(t, refs, wg, slot, blocks))
+            store_item(multiply_item(t, refs, wg, slot, tile.blocks))
 
-        if not p.accumulate:
-
-            @pl.when(blocks <= 0)
-            def _nothing():
+        @pl.when(tile.blocks <= 0)
+        def _nothing():
+            plgpu.barrier_arrive(refs.empty.at[slot])
+            if not p.accumulate:
                 store_item([[tensor_core.zeros(PANEL)] * (t.tile_n // PANEL)] * t.waves)
+            plgpu.barrier_wait(refs.full.at[next_slot(t.stages, slot)])
 
-        return lax.rem(slot + blocks, t.stages), following
+        return lax.rem(slot + jnp.maximum(tile.blocks, 1), t.stages)
 
-    start = 0, read(refs.items, cta, 0, FIELDS)
-    lax.fori_loop(0, refs.items[cta, 0, COUNT], item, start)
+    lax.fori_loop(0, refs.ITEMS[0, COUNT], item, 0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -217,21 +279,20 @@ def promote(total, product, scales):
     return product * scales if total is None else total + product * scales
 
 
-def store(p, t, refs, wg, place, waves):
+def store(p, t, refs, wg, item, waves):
     """Sends a warpgroup's rows of an item off through SMEM, a wave after the other."""
-    row, column, group = place
     staged = for_tma(refs.OUT, p.n, p.k)
     for wave, panels in enumerate(waves):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for i, panel in enumerate(panels):
             refs.OUT[wg, i] = panel
         plgpu.commit_smem()
-        rows = pl.ds(row * t.tile_m + first_row(t, wg, wave), WARPGROUP_ROWS)
+        rows = pl.ds(item.row * t.tile_m + first_row(t, wg, wave), WARPGROUP_ROWS)
         for i in range(len(panels)):
-            columns = pl.ds(column * t.tile_n + i * PANEL, PANEL)
+            columns = pl.ds(item.column * t.tile_n + i * PANEL, PANEL)
             plgpu.copy_smem_to_gmem(
                 staged.at[wg, i],
-                refs.out.at[group, rows, columns],
+                refs.out.at[item.group, rows, columns],
                 commit_group=False,
                 reduction_op="add" if p.accumulate else None,
             )

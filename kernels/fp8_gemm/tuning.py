@@ -11,9 +11,19 @@ from whalejax.kernels.mosaic import SMEM_BYTES, rounded
 BLOCK_K = 128  # elements of K that share a scale: one slot of the ring
 WARPGROUP_ROWS = 64  # rows of a wgmma
 MAX_STAGES = 12
-ITEM_WORDS = 8  # int32 that say in SMEM what a slot belongs to
+ITEM_WORDS = 8  # int32 that say in SMEM which item a slot belongs to
+GROUP_FIELDS = 3  # int32 that say in SMEM where a group lies
 TABLE = Path(__file__).with_name("tuning_table.json")
 USER_TABLE = Path.home() / ".cache" / "whalejax" / "fp8_gemm_tuning.json"
+
+
+def walk_bytes(stages: int, groups: int) -> int:
+    """SMEM of a CTA for items, groups and barriers."""
+    return (
+        rounded(stages * ITEM_WORDS * 4)
+        + rounded(GROUP_FIELDS * (groups + 1) * 4)
+        + rounded(2 * stages * 8)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +36,7 @@ class Tuning:
       stages: slots of the ring through which K blocks pass.
       cluster: CTAs that share one operand by multicast.
       share: the operand that they share: `"w"` stacks their tiles along M, `"x"` along N.
-      width: clusters across a band, see `mosaic.deal`.
+      width: clusters across a band, see `mosaic.place`.
       bands: of `"rows"`, or of `"columns"`.
     """
 
@@ -75,9 +85,7 @@ class Tuning:
             + rounded(self.stages * self.tile_m * 4)
             + rounded(self.stages * 3 * BLOCK_K)  # of w: at most 3 blocks of 32 scales
             + rounded(self.tile_m * self.tile_n * out_itemsize)
-            + rounded(self.stages * ITEM_WORDS * 4)
-            + rounded(3 * (groups + 1) * 4)
-            + rounded(2 * self.stages * 8)
+            + walk_bytes(self.stages, groups)
         )
 
     def fits(self, out_itemsize: int, groups: int = 1) -> bool:
@@ -109,15 +117,15 @@ class WgradTuning:
         """How often a warpgroup's 64 rows fit in its share of a tile."""
         return self.tile_m // (WARPGROUP_ROWS * self.warpgroups)
 
-    def smem_bytes(self) -> int:
-        """SMEM of a CTA: the ring, the scales, the output on its way, barriers."""
+    def smem_bytes(self, groups: int = 1) -> int:
+        """SMEM of a CTA; see `Tuning`."""
         operands = self.tile_m + self.tile_n
         return (
             rounded(self.stages * operands * BLOCK_K)
             + rounded(self.stages * self.tile_m * 4)
             + rounded(self.stages * self.tile_n * 4)
             + rounded(self.warpgroups * WARPGROUP_ROWS * self.tile_n * 4)
-            + rounded(2 * self.stages * 8)
+            + walk_bytes(self.stages, groups)
         )
 
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from whalejax.kernels.fp8_gemm.tuning import WARPGROUP_ROWS, Tuning
+from whalejax.kernels.fp8_gemm.tuning import GROUP_FIELDS, ITEM_WORDS, WARPGROUP_ROWS, Tuning
 from whalejax.kernels.groups import ALIGNMENT, aligned
-from whalejax.kernels.mosaic import place
+from whalejax.kernels.mosaic import place, turns
 
 AT_ONCE = 8  # sizes of groups whose loads are under way together
 
@@ -35,22 +35,10 @@ class Item(NamedTuple):
 
 
 FIELDS = len(Item._fields)
-COUNT = FIELDS  # where in SMEM, behind the first slot's item, the number of items stands
-
-
-class Groups(NamedTuple):
-    """In SMEM, `i32[3, groups + 1]`: of each group its size and where it starts.
-
-    Attributes:
-      ref: sizes; starts in a list of whole tiles; starts in memory. And where the last one ends.
-      count: how many there are.
-    """
-
-    ref: Any
-    count: int
-
-
-SIZE, START, PACKED = range(3)
+COUNT = ITEM_WORDS - 1  # where in SMEM, in the first slot's item, the number of items stands
+# In SMEM, of each group and of what lies behind the last: its size, where it starts in a list of
+# whole tiles, and where in memory.
+SIZE, START, PACKED = range(GROUP_FIELDS)
 
 
 def walk(p: Any, t: Tuning, refs: Any) -> tuple[jax.Array, Any]:
@@ -62,13 +50,15 @@ def walk(p: Any, t: Tuning, refs: Any) -> tuple[jax.Array, Any]:
       refs: `hopper_kernel.Refs`; where there are groups, `refs.GROUPS` is filled here.
     """
     down, across = t.group
-    groups, rows = None, -(-p.m // (t.tile_m * down))
+    rows = -(-p.m // (t.tile_m * down))
     if p.layout != "dense":
-        groups = Groups(refs.GROUPS, p.groups)
-        rows = lax.div(fill(groups, refs.sizes, p, t), t.tile_m * down)
+        tall = height(p, t)
+        end, packed = fill(refs.GROUPS, p.groups, refs.sizes, tall)
+        if p.layout == "contiguous":
+            end += aligned(p.m - packed, tall)  # what lies behind the last group is tiles too
+        rows = lax.div(end, t.tile_m * down)
     columns = -(-p.n // (t.tile_n * across))
     cluster, clusters = lax.axis_index("cluster"), lax.axis_size("cluster")
-    count = jnp.maximum(rows * columns - cluster + clusters - 1, 0) // clusters
 
     def item(i):
         row, column = place(cluster + i * clusters, rows, columns, t.width, t.bands)
@@ -76,61 +66,61 @@ def walk(p: Any, t: Tuning, refs: Any) -> tuple[jax.Array, Any]:
             peer = lax.axis_index("peer")
             row = row * down + peer if down > 1 else row
             column = column * across + peer if across > 1 else column
-        if groups is None:
+        if p.layout == "dense":
             return Item(row * (t.tile_m // WARPGROUP_ROWS), column, 0, 0)
-        first, group, filled = locate(groups, row * t.tile_m, p.layout)
+        first, group, filled = locate(p, refs.GROUPS, row * t.tile_m)
         return Item(lax.div(first, WARPGROUP_ROWS), column, group, filled)
 
-    return count, item
+    return turns(rows * columns, cluster, clusters), item
 
 
 def height(p: Any, t: Tuning) -> int:
-    """Rows that a group fills up with its tiles, at least: those of a cluster's tiles."""
+    """Rows that a group's tiles fill up: each group begins with a tile, or a cluster's tiles."""
     return max(t.tile_m, ALIGNMENT) if p.layout == "contiguous" else t.tile_m * t.group[0]
 
 
-def fill(groups: Groups, sizes: Any, p: Any, t: Tuning) -> jax.Array:
-    """Fills `groups` from sizes in GMEM; returns the rows of all tiles."""
-    tall = height(p, t)
+def fill(table: Any, count: int, sizes: Any, tall: int) -> tuple[jax.Array, jax.Array]:
+    """Fills the table of groups from their sizes in GMEM.
+
+    Args:
+      table: SMEM, `i32[GROUP_FIELDS, count + 1]`.
+      count: of groups.
+      sizes: GMEM, `i32[count]`.
+      tall: rows that a group's tiles fill up.
+
+    Returns:
+      Where the last group ends, in tiles and in memory.
+    """
 
     def several(chunk, ends):
-        loaded = [sizes[jnp.minimum(chunk * AT_ONCE + i, groups.count - 1)] for i in range(AT_ONCE)]
-        end, packed = ends
-        for i, size in enumerate(loaded):
-            g = jnp.minimum(chunk * AT_ONCE + i, groups.count)
-            size = jnp.where(g < groups.count, size, 0)
-            groups.ref[SIZE, g] = size
-            groups.ref[START, g] = end
-            groups.ref[PACKED, g] = packed
-            end, packed = end + aligned(size, tall), packed + aligned(size, ALIGNMENT)
-        return end, packed
+        numbers = [chunk * AT_ONCE + i for i in range(AT_ONCE)]
+        loaded = [sizes[jnp.minimum(g, count - 1)] for g in numbers]
+        for g, size in zip(numbers, loaded, strict=True):
+            size, g = jnp.where(g < count, size, 0), jnp.minimum(g, count)
+            table[SIZE, g], (table[START, g], table[PACKED, g]) = size, ends
+            ends = ends[0] + aligned(size, tall), ends[1] + aligned(size, ALIGNMENT)
+        return ends
 
-    zero = jnp.int32(0)
-    end, packed = lax.fori_loop(0, -(-groups.count // AT_ONCE), several, (zero, zero))
-    groups.ref[START, groups.count], groups.ref[PACKED, groups.count] = end, packed
-    if p.layout == "masked":
-        return end
-    return end + aligned(p.m - packed, tall)  # what lies behind the last group is tiles too
+    nowhere = jnp.int32(0), jnp.int32(0)
+    ends = lax.fori_loop(0, -(-count // AT_ONCE), several, nowhere)
+    table[START, count], table[PACKED, count] = ends
+    return ends
 
 
-def locate(groups: Groups, position: jax.Array, layout: str) -> tuple:
+def locate(p: Any, table: Any, position: jax.Array) -> tuple:
     """First row, group and rows that count of the tile at `position` in the list of tiles.
 
     Rows count from the group's own first one where it has an array of its own, "masked".
     """
     group = jnp.int32(0)  # the last that starts no later
-    for bit in reversed(range((groups.count - 1).bit_length())):
+    for bit in reversed(range((p.groups - 1).bit_length())):
         further = group + (1 << bit)
-        clipped = jnp.minimum(further, groups.count - 1)
-        starts = (further < groups.count) & (groups.ref[START, clipped] <= position)
-        group = jnp.where(starts, further, group)
-    inside = position - groups.ref[START, group]
-    filled = groups.ref[SIZE, group] - inside
-    if layout == "masked":
+        start = table[START, jnp.minimum(further, p.groups - 1)]
+        group = jnp.where((further < p.groups) & (start <= position), further, group)
+    inside = position - table[START, group]
+    filled = table[SIZE, group] - inside
+    if p.layout == "masked":
         return inside, group, filled
-    beyond = position - groups.ref[START, groups.count]
-    behind = beyond >= 0
-    first = jnp.where(
-        behind, groups.ref[PACKED, groups.count] + beyond, groups.ref[PACKED, group] + inside
-    )
-    return first, group, jnp.where(behind, 0, filled)
+    beyond = position - table[START, p.groups]
+    first = jnp.where(beyond < 0, table[PACKED, group] + inside, table[PACKED, p.groups] + beyond)
+    return first, group, jnp.where(beyond < 0, filled, 0)

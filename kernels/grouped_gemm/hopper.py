@@ -1,7 +1,7 @@
 """Grouped FP8 matmuls on Hopper: the dense kernels, on tiles that know their group.
 
-Which tiles there are depends on sizes that only the device knows. Matmuls find out themselves
-(`fp8_gemm.walk`); for weight gradients XLA makes a table.
+Which tiles there are depends on sizes that only the device knows: kernels find out themselves, see
+`fp8_gemm.walk`.
 """
 
 import jax
@@ -10,18 +10,7 @@ import jax.numpy as jnp
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, no_gpu
 from whalejax.kernels.fp8_gemm.hopper import matmul, wgrad, with_group_axis
-from whalejax.kernels.fp8_gemm.tuning import (
-    BLOCK_K,
-    Tuning,
-    WgradTuning,
-    pick,
-    pick_wgrad,
-)
-from whalejax.kernels.groups import (
-    ALIGNMENT,
-    aligned,
-    exclusive_cumsum,
-)
+from whalejax.kernels.fp8_gemm.tuning import Tuning, WgradTuning, pick, pick_wgrad
 from whalejax.kernels.quantization import QuantizedArray
 
 
@@ -91,18 +80,4 @@ def fp8_grouped_matmul_wgrad(
     """The weight gradient of each group; see `grouped_gemm.fp8.fp8_grouped_matmul_wgrad`."""
     n, (k, m), groups = dy_t.shape[0], x_t.shape, group_sizes.shape[0]
     t = tuning or pick_wgrad(n, k, m, groups=groups, ctas=mosaic.num_sms())
-    rows, columns = -(-n // t.tile_m), -(-k // t.tile_n)
-    # a group's tiles stand together: all of them read the same tokens
-    items = mosaic.deal(
-        groups * rows,
-        columns,
-        max_rows=groups * rows,
-        width=t.width,
-        ctas=mosaic.num_sms(),
-        group=(1, 1),
-    )
-    group = items.row // rows
-    blocks = aligned(group_sizes, ALIGNMENT) // BLOCK_K
-    first = exclusive_cumsum(blocks)[group]
-    table = mosaic.table(items, items.row % rows, items.column, group, first, blocks[group])
-    return wgrad(x_t, dy_t, None, groups, table, t)
+    return wgrad(x_t, dy_t, None, group_sizes, groups, t)

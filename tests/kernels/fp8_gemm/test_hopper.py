@@ -98,6 +98,15 @@ def matmul_operands(m, n, k):
     return with_garbage(x), w
 
 
+def grouped_operands(sizes, *, tokens=False):
+    """x, w and sizes of groups, x quantised along K or along the tokens."""
+    x, w, sizes = grouped_cases.draw(
+        grouped_cases.Case(sizes=sizes, n=136, k=144, spare=2), jax.random.key(0)
+    )
+    along, w = quantized(x, w)
+    return quantize_transposed(x, group_sizes=sizes) if tokens else along, w, sizes
+
+
 def assert_same(actual, expected):
     """Asserts that quantised arrays are equal bit by bit."""
     actual, expected = (
@@ -417,6 +426,18 @@ def test_runs_are_identical(run):
             ),
             lambda: quantized_tokens(normal(0, 300, 144), normal(1, 300, 272)),
         ),
+        (
+            lambda x, w, sizes: grouped_hopper.fp8_grouped_matmul(
+                x, w, sizes, F32, Tuning(tile_m=256, tile_n=64, stages=2)
+            ),
+            lambda: grouped_operands((130, 0, 1)),
+        ),
+        (
+            lambda x, _, sizes: grouped_hopper.fp8_grouped_matmul_wgrad(
+                x, x, sizes, WgradTuning(stages=2, tile_n=64)
+            ),
+            lambda: grouped_operands((130, 0, 1), tokens=True),
+        ),
     ],
     ids=[
         "quantize",
@@ -426,6 +447,8 @@ def test_runs_are_identical(run):
         "matmul-waves",
         "weight-gradient",
         "weight-gradient-waves",
+        "groups",
+        "weight-gradients-of-groups",
     ],
 )
 def test_there_are_no_races(run, capfd, monkeypatch, function, arguments):
