@@ -10,7 +10,7 @@ from whalejax.kernels.mosaic import SMEM_BYTES, rounded
 
 BLOCK_K = 128  # elements of K that share a scale: one slot of the ring
 WARPGROUP_ROWS = 64  # rows of a wgmma
-MAX_STAGES = 12
+MAX_STAGES = 16
 ITEM_WORDS = 8  # int32 that say in SMEM which item a slot belongs to
 GROUP_FIELDS = 3  # int32 that say in SMEM where a group lies
 TABLE = Path(__file__).with_name("tuning_table.json")
