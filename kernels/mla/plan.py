@@ -1,0 +1,125 @@
+"""Who attends to what in paged decode: sequences of different lengths, shared out evenly.
+
+Sequences are laid end to end, each as many cells long as it has blocks, behind a few cells for what
+a piece costs beside its blocks. This line is cut into equal stretches, one for each worker. A
+sequence that is cut becomes several pieces, whose results are merged afterwards. FlashMLA's
+scheduler does the same one sequence after another; here everything follows from sums.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 64  # keys that a worker takes at a time; a page is one or two blocks
+PIECE_CELLS = 2  # what a piece costs beside its blocks, in their time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The pieces of a batch, in the order of sequences and, in each, of keys.
+
+    Attributes:
+      pieces: `i32[pieces, 4]`: its sequence, first block of 64 keys, blocks (none where a sequence
+        has no keys), and whether its sequence is cut. Pieces past the last one have no worker.
+      starts: `i32[workers + 1]`, each worker's first piece; it has those up to the next one's.
+      first_piece: `i32[b + 1]`, each sequence's first piece.
+      steps: `i32[workers, steps]`, what each worker loads in order: of each piece its queries,
+        `-1 - sequence`, then the numbers of its blocks of 64 keys in the cache.
+    """
+
+    pieces: jax.Array
+    starts: jax.Array
+    first_piece: jax.Array
+    steps: jax.Array
+
+
+SEQUENCE, FIRST, BLOCKS, CUT = range(4)
+
+
+def plan_mla_decode(
+    lengths: jax.Array, page_table: jax.Array, *, page_size: int, workers: int
+) -> Plan:
+    """Shares out the keys of a batch among workers, inside of `jax.jit`.
+
+    Made once for a step of decoding, it serves all layers.
+
+    Args:
+      lengths: `i32[b]`, keys of each sequence.
+      page_table: `i32[b, max_pages]`, the pages of each sequence in order.
+      page_size: keys of a page, 64 or 128.
+      workers: that attend at the same time.
+
+    Returns:
+      `Plan` of `b + workers - 1` pieces at most.
+
+    Raises:
+      ValueError: sizes or dtypes do not fit; prints them.
+
+    Source: FlashMLA's `get_mla_metadata`, as sums instead of a loop.
+    """
+    _check(lengths, page_table, page_size, workers)
+    batch, most = lengths.shape[0], page_table.shape[1] * page_size // BLOCK
+    blocks = (jnp.clip(lengths, 0, most * BLOCK) + BLOCK - 1) // BLOCK
+    ends = jnp.cumsum(blocks + PIECE_CELLS, dtype=jnp.int32)
+    stretch = (ends[-1] + workers - 1) // workers
+    begin = ends - blocks  # of a sequence's blocks: no cut falls in the cells before them
+    # cuts inside of a sequence: multiples of the stretch strictly between its blocks
+    first_cut = begin // stretch + 1
+    cuts = jnp.maximum((ends + stretch - 1) // stretch - first_cut, 0)
+    last_piece = jnp.cumsum(cuts + 1, dtype=jnp.int32)
+    first_piece = last_piece - cuts - 1
+
+    piece = jnp.arange(batch + workers - 1, dtype=jnp.int32)
+    sequence = jnp.sum(piece[:, None] >= last_piece[None], axis=1, dtype=jnp.int32)
+    real, sequence = sequence < batch, jnp.minimum(sequence, batch - 1)
+    number = piece - first_piece[sequence]
+    cut = first_cut[sequence] + number  # that ends the piece
+    head = jnp.where(number == 0, 0, (cut - 1) * stretch - begin[sequence])
+    tail = jnp.where(number == cuts[sequence], blocks[sequence], cut * stretch - begin[sequence])
+    worker = jnp.where(number == 0, jnp.minimum(begin[sequence] // stretch, workers - 1), cut - 1)
+    worker = jnp.where(real, worker, workers)
+    starts = jnp.sum(
+        worker[None] < jnp.arange(workers + 1, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32
+    )
+    size = jnp.where(real, tail - head, 0)
+    split = (cuts[sequence] > 0).astype(jnp.int32)
+    pieces = jnp.stack([sequence, head, size, split], axis=1)
+    num_steps = -(-batch * (most + PIECE_CELLS) // workers) + 1
+    steps = _steps(pieces, real, starts, page_table, page_size, num_steps)
+    return Plan(pieces, starts, jnp.append(first_piece, last_piece[-1:]), steps)
+
+
+def _steps(pieces, real, starts, page_table, page_size, num_steps):
+    """The steps of each worker: a piece's queries, then its blocks."""
+    sequence, first, size, _ = pieces.T
+    before = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(jnp.where(real, size + 1, 0)))
+    before = before.astype(jnp.int32)  # steps of all pieces before each
+    step = before[starts[:-1], None] + jnp.arange(num_steps, dtype=jnp.int32)[None]
+    piece = jnp.searchsorted(before[1:], step, side="right", method="scan_unrolled")
+    piece = jnp.minimum(piece, pieces.shape[0] - 1)
+    block = first[piece] + step - before[piece] - 1
+    page, part = jnp.divmod(jnp.maximum(block, 0), page_size // BLOCK)
+    page = page_table[sequence[piece], jnp.minimum(page, page_table.shape[1] - 1)]
+    number = page * (page_size // BLOCK) + part
+    number = jnp.where(step == before[piece], -1 - sequence[piece], number)
+    return jnp.where(step < before[starts[1:], None], number, 0)
+
+
+def _check(lengths, page_table, page_size, workers):
+    batch = lengths.shape[0] if lengths.ndim == 1 else 0
+    if not batch or lengths.dtype != jnp.int32:
+        raise ValueError(
+            f"plan_mla_decode: lengths is {lengths.dtype}{list(lengths.shape)}, must be int32[b]"
+        )
+    if page_table.shape[:1] != (batch,) or page_table.ndim != 2 or page_table.dtype != jnp.int32:
+        raise ValueError(
+            f"plan_mla_decode: page_table is {page_table.dtype}{list(page_table.shape)}, must be "
+            f"int32[{batch}, max_pages]"
+        )
+    if page_size not in (64, 128) or workers < 1:
+        raise ValueError(
+            f"plan_mla_decode: page_size={page_size} must be 64 or 128, workers={workers} at "
+            f"least 1"
+        )
