@@ -21,9 +21,10 @@ class Plan:
     """The pieces of a batch, in the order of sequences and, in each, of keys.
 
     Attributes:
-      pieces: `i32[pieces, 4]`: its sequence, first block of 64 keys, blocks (none where a sequence
-        has no keys), and whether its sequence is cut. Pieces past the last one have no worker.
-      starts: `i32[workers + 1]`, each worker's first piece; it has those up to the next one's.
+      pieces: `i32[pieces, 5]`: its sequence, first block of 64 keys, blocks (none where a sequence
+        has no keys), the sequence's keys from there on, and whether the sequence is cut. Pieces
+        past the last one have no worker.
+      starts: `i32[workers, 3]`: each worker's first piece, the one after its last, and its steps.
       first_piece: `i32[b + 1]`, each sequence's first piece.
       steps: `i32[workers, steps]`, what each worker loads in order: of each piece its queries,
         `-1 - sequence`, then the numbers of its blocks of 64 keys in the cache.
@@ -35,7 +36,7 @@ class Plan:
     steps: jax.Array
 
 
-SEQUENCE, FIRST, BLOCKS, CUT = range(4)
+SEQUENCE, FIRST, BLOCKS, KEYS, CUT = range(5)
 
 
 def plan_mla_decode(
@@ -85,26 +86,32 @@ def plan_mla_decode(
     )
     size = jnp.where(real, tail - head, 0)
     split = (cuts[sequence] > 0).astype(jnp.int32)
-    pieces = jnp.stack([sequence, head, size, split], axis=1)
-    num_steps = -(-batch * (most + PIECE_CELLS) // workers) + 1
-    steps = _steps(pieces, real, starts, page_table, page_size, num_steps)
-    return Plan(pieces, starts, jnp.append(first_piece, last_piece[-1:]), steps)
-
-
-def _steps(pieces, real, starts, page_table, page_size, num_steps):
-    """The steps of each worker: a piece's queries, then its blocks."""
-    sequence, first, size, _ = pieces.T
+    keys = jnp.clip(lengths, 0, most * BLOCK)[sequence] - head * BLOCK
+    pieces = jnp.stack([sequence, head, size, keys, split], axis=1)
     before = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(jnp.where(real, size + 1, 0)))
     before = before.astype(jnp.int32)  # steps of all pieces before each
-    step = before[starts[:-1], None] + jnp.arange(num_steps, dtype=jnp.int32)[None]
+    most_steps = -(-batch * (most + PIECE_CELLS) // workers) + 1
+    step = before[starts[:-1], None] + jnp.arange(most_steps, dtype=jnp.int32)[None]
+    end = before[starts[1:]]
+    loads = _steps(pieces, before, step, page_table, page_size)
+    return Plan(
+        pieces=pieces,
+        starts=jnp.stack([starts[:-1], starts[1:], end - before[starts[:-1]]], axis=1),
+        first_piece=jnp.append(first_piece, last_piece[-1:]),
+        steps=jnp.where(step < end[:, None], loads, 0),
+    )
+
+
+def _steps(pieces, before, step, page_table, page_size):
+    """What a step loads: a piece's queries, then its blocks."""
     piece = jnp.searchsorted(before[1:], step, side="right", method="scan_unrolled")
     piece = jnp.minimum(piece, pieces.shape[0] - 1)
-    block = first[piece] + step - before[piece] - 1
+    sequence = pieces[piece, SEQUENCE]
+    block = pieces[piece, FIRST] + step - before[piece] - 1
     page, part = jnp.divmod(jnp.maximum(block, 0), page_size // BLOCK)
-    page = page_table[sequence[piece], jnp.minimum(page, page_table.shape[1] - 1)]
+    page = page_table[sequence, jnp.minimum(page, page_table.shape[1] - 1)]
     number = page * (page_size // BLOCK) + part
-    number = jnp.where(step == before[piece], -1 - sequence[piece], number)
-    return jnp.where(step < before[starts[1:], None], number, 0)
+    return jnp.where(step == before[piece], -1 - sequence, number)
 
 
 def _check(lengths, page_table, page_size, workers):

@@ -12,6 +12,7 @@ from whalejax.kernels.mla.plan import (
     BLOCKS,
     CUT,
     FIRST,
+    KEYS,
     PIECE_CELLS,
     SEQUENCE,
     plan_mla_decode,
@@ -44,17 +45,24 @@ def make(lengths, workers, page_size=64):
     return jax.tree.map(np.asarray, plan), table
 
 
+def pieces_of(plan, worker):
+    first, last, _ = plan.starts[worker]
+    return plan.pieces[first:last]
+
+
 @settings(max_examples=100, derandomize=True, deadline=None)
 @given(lengths=LENGTHS, workers=st.sampled_from([1, 7, 132]))
 def test_every_block_is_in_one_piece_of_one_worker(lengths, workers):
     plan, _ = make(lengths, workers)
-    assert plan.starts[0] == 0 and (np.diff(plan.starts) >= 0).all()
-    assert plan.starts[-1] == plan.first_piece[-1] <= len(lengths) + workers - 1
+    first, last, _ = plan.starts.T
+    assert first[0] == 0 and (first[1:] == last[:-1]).all() and (last >= first).all()
+    assert last[-1] == plan.first_piece[-1] <= len(lengths) + workers - 1
     for s, length in enumerate(lengths):
         pieces = plan.pieces[plan.first_piece[s] : plan.first_piece[s + 1]]
         assert (pieces[:, SEQUENCE] == s).all() and (pieces[:, CUT] == (len(pieces) > 1)).all()
         ends = np.cumsum(pieces[:, BLOCKS])
         assert pieces[:, FIRST].tolist() == [0, *ends[:-1]] and ends[-1] == -(-length // BLOCK)
+        assert (pieces[:, KEYS] == length - pieces[:, FIRST] * BLOCK).all()
         # a sequence without keys is a piece of its own, and no other piece is empty
         assert len(pieces) == 1 or pieces[:, BLOCKS].min() > 0
 
@@ -65,7 +73,7 @@ def test_no_worker_has_more_than_its_share(lengths, workers):
     plan, _ = make(lengths, workers)
     share = -(-sum(-(-n // BLOCK) + PIECE_CELLS for n in lengths) // workers)
     for worker in range(workers):
-        blocks = plan.pieces[plan.starts[worker] : plan.starts[worker + 1], BLOCKS]
+        blocks = pieces_of(plan, worker)[:, BLOCKS]
         # one piece's own cells may lie in the stretch before
         assert blocks.sum() + PIECE_CELLS * (len(blocks) - 1) <= share
 
@@ -77,19 +85,18 @@ def test_steps_are_the_pieces_queries_and_blocks(lengths, workers, page_size):
     in_page = page_size // BLOCK
     for worker in range(workers):
         wanted = []
-        for sequence, first, blocks, _ in plan.pieces[
-            plan.starts[worker] : plan.starts[worker + 1]
-        ]:
+        for sequence, first, blocks, *_ in pieces_of(plan, worker):
             wanted.append(-1 - sequence)
             for block in range(first, first + blocks):
                 wanted.append(table[sequence, block // in_page] * in_page + block % in_page)
         assert plan.steps[worker, : len(wanted)].tolist() == wanted
+        assert plan.starts[worker, 2] == len(wanted)
         assert not plan.steps[worker, len(wanted) :].any()
 
 
 def test_equal_sequences_that_fill_the_workers_are_not_cut():
     plan, _ = make([4096] * 66, 66)
-    assert plan.starts.tolist() == list(range(67)) and not plan.pieces[:66, CUT].any()
+    assert plan.starts[:, 0].tolist() == list(range(66)) and not plan.pieces[:66, CUT].any()
 
 
 LENGTH, TABLE = jnp.zeros(2, jnp.int32), jnp.zeros((2, 3), jnp.int32)

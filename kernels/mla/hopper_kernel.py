@@ -1,0 +1,423 @@
+"""The paged MLA decode kernel for Hopper.
+
+A worker is a CTA for each 64 rows of queries (a row is a head of a new token); it takes the blocks
+of 64 keys that its plan lists, one after another, with the queries of a piece in front of its keys:
+
+```
+             queries       block 0           block 1                  next piece
+score        to registers  S = QK, softmax   S = QK, softmax  ...     to registers
+left         load          load              O += P V[:, :256]  ...   store
+right        load          load              O += P V[:, 256:]  ...   store
+```
+
+One warpgroup scores; two hold half of the output's columns each, and load that half of the keys.
+Everything passes through one ring of three slots, each a block's latent part: queries have a
+block's shape. A slot is refilled by the warpgroup that has read it last. The product with the
+values of a block waits until the next block is scored, to run while its softmax is computed.
+
+Scores are kept in powers of two, a factor that the exponential does not have to apply.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from whalejax.kernels.mla.plan import BLOCK, BLOCKS, CUT, KEYS, SEQUENCE
+from whalejax.kernels.mosaic import interpreted, transforms
+
+F32 = jnp.float32
+ROWS = 64  # of queries in a tile
+SLOTS = 3  # blocks under way
+ROPE = 64  # columns of keys behind the values
+ACCUMULATOR_REGISTERS, SCORER_REGISTERS = 160, 184
+NEVER = -1e30  # a score that counts for nothing: an infinity would leave NaN behind
+REAL = -1e20  # every score that counts is larger, and every other smaller
+BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Sizes.
+
+    Attributes:
+      batch: sequences.
+      s_q, heads: new tokens of each, and heads of each token.
+      v_dim: width of the values; keys have `ROPE` columns more.
+      pieces: most that a plan can have.
+      scale: on the scores.
+      causal: whether a new token sees no later one.
+      dtype: of queries, keys and output.
+    """
+
+    batch: int
+    s_q: int
+    heads: int
+    v_dim: int
+    pieces: int
+    scale: float
+    causal: bool
+    dtype: Any
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 64 rows of queries."""
+        return -(-self.s_q * self.heads // ROWS)
+
+    @property
+    def halves(self) -> tuple[int, int]:
+        """Columns of values of the two accumulating warpgroups: multiples of 64."""
+        left = -(-self.v_dim // 128) * 64
+        return left, self.v_dim - left
+
+
+class Refs(NamedTuple):
+    """GMEM (lower case) and SMEM of the kernel.
+
+    Attributes:
+      LEFT, RIGHT, TAIL: the ring: a block's values in halves, and, in one slot, its rotary part.
+      P: softmax of the block under way, a left operand.
+      Q: queries that find no room in registers: the last 64 columns of values, the rotary part.
+      FACTORS: of rows: what each block scales the output with; at last, of a piece, 1 / sum.
+    """
+
+    steps: Any
+    starts: Any
+    pieces: Any
+    q: Any
+    kv: Any
+    out: Any
+    parts: Any
+    lse: Any
+    LEFT: Any
+    RIGHT: Any
+    TAIL: Any
+    P: Any
+    Q: Any
+    FACTORS: Any
+    full: Any  # a slot is loaded
+    tail_full: Any
+    scored: Any  # by the scorer: P is written, or queries are taken
+    taken: Any  # by accumulators: P is read
+    finished: Any  # by the scorer: a piece's sums are written
+    read: Any  # by the scorer: a slot's keys are
+
+
+def build(p: Problem, workers: int):
+    """The kernel as a function of a plan's steps, starts and pieces, of q and of blocks of keys.
+
+    q is `[b, s_q * heads, d]`, keys are `[blocks, 64, d]`.
+
+    Returns:
+      `out [b, tiles * 64, v_dim]` of sequences that are not cut, `f32[pieces, tiles, 64, v_dim]` of
+      pieces of the others, and `f32[pieces, tiles, 64]`: of all pieces the base-2 logarithm of the
+      sum of exponentials, `NEVER` where a row sees no key.
+    """
+
+    def body(*refs):
+        refs = Refs(*refs)
+        wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+        worker, tile = lax.div(cta, p.tiles), lax.rem(cta, p.tiles)
+
+        @pl.when(wg == 2)
+        def _score():
+            plgpu.set_max_registers(SCORER_REGISTERS, action="increase")
+            Scorer(p, refs, worker, tile).run()
+
+        for side in range(2):
+
+            @pl.when(wg == side)
+            def _accumulate(side=side):
+                plgpu.set_max_registers(ACCUMULATOR_REGISTERS, action="decrease")
+                Accumulator(p, refs, worker, tile, side).run()
+
+    left, right = p.halves
+    in_ring = functools.partial(plgpu.SMEM, dtype=p.dtype, transforms=transforms(64, p.dtype))
+    barrier = plgpu.Barrier
+    return plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((p.batch, p.tiles * ROWS, p.v_dim), p.dtype),
+            jax.ShapeDtypeStruct((p.pieces, p.tiles, ROWS, p.v_dim), F32),
+            jax.ShapeDtypeStruct((p.pieces, p.tiles, ROWS), F32),
+        ],
+        scratch_types=[
+            in_ring((SLOTS, BLOCK, left)),
+            in_ring((SLOTS, BLOCK, right)),
+            in_ring((BLOCK, ROPE)),
+            in_ring((ROWS, BLOCK)),
+            in_ring((ROWS, 128)),
+            plgpu.SMEM((SLOTS + 2, ROWS), F32),
+            barrier(num_arrivals=2, num_barriers=SLOTS),
+            barrier(num_arrivals=1),
+            barrier(num_arrivals=1, num_barriers=SLOTS),
+            barrier(num_arrivals=2),
+            barrier(num_arrivals=1, num_barriers=2),
+            barrier(num_arrivals=1, num_barriers=SLOTS),
+        ],
+        grid=(workers * p.tiles,),
+        grid_names=("cta",),
+        num_threads=3,
+        thread_name="wg",
+        kernel_name=f"mla_decode_{p.v_dim}",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )
+
+
+class Warpgroup:
+    """What scorer and accumulators share: a worker's steps, and how a step is loaded."""
+
+    def __init__(self, p: Problem, refs: Refs, worker: jax.Array, tile: jax.Array):
+        self.p, self.refs, self.worker, self.tile = p, refs, worker, tile
+        self.first, self.last = refs.starts[worker, 0], refs.starts[worker, 1]
+        self.num_steps = refs.starts[worker, 2]
+
+    def step(self, g: jax.Array) -> jax.Array:
+        """The g-th step, or the last there is room for."""
+        return self.refs.steps[self.worker, jnp.minimum(g, self.refs.steps.shape[1] - 1)]
+
+    def load(self, g: jax.Array, step: jax.Array, columns: Any, target: Any, barrier: Any) -> None:
+        """Starts to load columns of the g-th step's keys or queries, if there is such a step."""
+
+        @pl.when((g < self.num_steps) & (step >= 0))
+        def _keys():
+            plgpu.copy_gmem_to_smem(self.refs.kv.at[step, :, columns], target, barrier)
+
+        @pl.when((g < self.num_steps) & (step < 0))
+        def _queries():
+            rows = pl.ds(self.tile * ROWS, ROWS)
+            plgpu.copy_gmem_to_smem(self.refs.q.at[-1 - step, rows, columns], target, barrier)
+
+    def piece(self, i: jax.Array, field: int) -> jax.Array:
+        """A field of a piece."""
+        return self.refs.pieces[i, field]
+
+
+class Accumulator(Warpgroup):
+    """Sums half of the columns of the output, and loads that half of the keys."""
+
+    def __init__(self, p, refs, worker, tile, side: int):
+        super().__init__(p, refs, worker, tile)
+        left, right = p.halves
+        self.columns = pl.ds(0, left) if side == 0 else pl.ds(left, right)
+        self.ring = (refs.LEFT, refs.RIGHT)[side]
+        self.width = (left, right)[side]
+
+    def run(self) -> None:
+        """Works through all pieces."""
+        for g in range(SLOTS):
+            self.refill(g, self.step(g), g)
+        plgpu.barrier_arrive(self.refs.taken)
+
+        def piece(i, g):
+            slot, following = lax.rem(g, SLOTS), self.step(g + SLOTS)
+            plgpu.barrier_wait(self.refs.scored.at[slot])
+            self.refill(g + SLOTS, following, slot)
+            plgpu.barrier_wait(self.refs.read.at[lax.rem(g + 1, SLOTS)])
+            self.store(
+                i, lax.fori_loop(0, self.piece(i, BLOCKS), self.block(i, g + 1), self.zeros())
+            )
+            return g + 1 + self.piece(i, BLOCKS)
+
+        lax.fori_loop(self.first, self.last, piece, 0)
+
+    def zeros(self):
+        """The output's accumulators."""
+        return plgpu.layout_cast(jnp.zeros((ROWS, self.width), F32), plgpu.Layout.WGMMA)
+
+    def refill(self, g, step, slot):
+        """Loads the g-th step into a slot that was read."""
+        self.load(g, step, self.columns, self.ring.at[slot], self.refs.full.at[slot])
+
+    def block(self, i, first_step):
+        """The loop's body over the blocks of piece i, which begin with `first_step`."""
+        keys = self.piece(i, KEYS)
+
+        def step(j, acc):
+            g = first_step + j
+            slot, following = lax.rem(g, SLOTS), self.step(g + SLOTS)
+            plgpu.barrier_wait(self.refs.scored.at[slot])
+            factor = plgpu.load(self.refs.FACTORS.at[slot], layout=BY_ROW)
+            acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
+            pl.when(keys - j * BLOCK < BLOCK)(functools.partial(self.clear, slot, keys - j * BLOCK))
+            plgpu.barrier_wait(self.refs.read.at[lax.rem(g + 1, SLOTS)])
+            acc = add_product(acc, self.refs.P, self.ring.at[slot])
+            plgpu.barrier_arrive(self.refs.taken)
+            self.refill(g + SLOTS, following, slot)
+            return acc
+
+        return step
+
+    def clear(self, slot, keys):
+        """Clears values past a sequence's end, which may be NaN: what is 0 times NaN is NaN."""
+        for column in range(0, self.width, 64):
+            part = self.ring.at[slot, :, pl.ds(column, 64)]
+            values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+            row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, 64), 0, layout=plgpu.Layout.WGMMA)
+            part[...] = jnp.where(row < keys, values, jnp.zeros((), values.dtype))
+        plgpu.commit_smem()
+
+    def store(self, i, acc):
+        """Stores a piece: as the output if its sequence is not cut, else as a part of it."""
+        parity = lax.rem(i - self.first, 2)
+        plgpu.barrier_wait(self.refs.finished.at[parity])
+        inverse = plgpu.load(self.refs.FACTORS.at[SLOTS + parity], layout=BY_ROW)
+        acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+
+        @pl.when(self.piece(i, CUT) == 0)
+        def _whole():
+            rows = pl.ds(self.tile * ROWS, ROWS)
+            out = self.refs.out.at[self.piece(i, SEQUENCE), rows, self.columns]
+            out[...] = acc.astype(self.p.dtype)
+
+        @pl.when(self.piece(i, CUT) != 0)
+        def _part():
+            self.refs.parts.at[i, self.tile, :, self.columns][...] = acc
+
+
+def add_product(acc, x, w):
+    """acc + x @ w, operands in SMEM."""
+
+    def multiply(acc):
+        plgpu.wgmma(acc, x, w)
+        if interpreted():
+            return plgpu.wgmma_accumulator_load(acc)
+        plgpu.wgmma_wait(0)
+        return None
+
+    if interpreted():  # which has no accumulators that start with a value
+        return acc + pl.run_scoped(multiply, plgpu.ACC(acc.shape, F32))
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
+
+
+class Scorer(Warpgroup):
+    """Scores blocks of keys, and turns scores into weights."""
+
+    def run(self) -> None:
+        """Works through all pieces."""
+        self.load_tail(0, self.step(0))
+        g = lax.fori_loop(self.first, self.last, self.score_piece, 0)
+        plgpu.barrier_arrive(self.refs.read.at[lax.rem(g, SLOTS)])
+        plgpu.barrier_wait(self.refs.taken)  # by the last block
+
+    def load_tail(self, g, step):
+        """Loads the rotary part of the g-th step."""
+        columns = pl.ds(self.p.v_dim, ROPE)
+        self.load(g, step, columns, self.refs.TAIL, self.refs.tail_full)
+
+    def score_piece(self, i, g):
+        """Scores all blocks of piece i."""
+        refs = self.refs
+        slot, following = lax.rem(g, SLOTS), self.step(g + 1)
+        plgpu.barrier_arrive(refs.read.at[slot], predicate=g > 0)
+        plgpu.barrier_wait(refs.full.at[slot])
+        plgpu.barrier_wait(refs.tail_full)
+        queries = self.take_queries(slot)
+        plgpu.barrier_arrive(refs.scored.at[slot])
+        self.load_tail(g + 1, following)
+
+        top, total = by_row(NEVER), by_row(0)
+        blocks = self.piece(i, BLOCKS)
+        top, total = lax.fori_loop(0, blocks, self.block(i, g + 1, queries), (top, total))
+        seen = total > 0
+        parity = lax.rem(i - self.first, 2)
+        refs.FACTORS.at[SLOTS + parity][...] = jnp.where(seen, 1 / total, 0.0)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.finished.at[parity])
+        refs.lse.at[i, self.tile][...] = jnp.where(seen, top + jnp.log2(total), NEVER)
+        return g + 1 + blocks
+
+    def take_queries(self, slot):
+        """Queries: in registers as far as they fit, the last 128 columns in SMEM."""
+        refs, (_, right) = self.refs, self.p.halves
+        wgmma = plgpu.Layout.WGMMA
+        queries = [plgpu.load(refs.LEFT.at[slot], layout=wgmma)]
+        if right > 64:
+            queries.append(plgpu.load(refs.RIGHT.at[slot, :, pl.ds(0, right - 64)], layout=wgmma))
+        refs.Q[:, pl.ds(0, 64)] = plgpu.load(
+            refs.RIGHT.at[slot, :, pl.ds(right - 64, 64)], layout=wgmma
+        )
+        refs.Q[:, pl.ds(64, 64)] = plgpu.load(refs.TAIL, layout=wgmma)
+        plgpu.commit_smem()
+        return queries
+
+    def block(self, i, first_step, queries):
+        """The loop's body over the blocks of piece i."""
+        p, refs = self.p, self.refs
+        keys, factor = self.piece(i, KEYS), p.scale * math.log2(math.e)
+        hidden = p.s_q - 1 if p.causal else 0  # from the first new token
+
+        def step(j, carry):
+            top, total = carry
+            g = first_step + j
+            slot, following, left = lax.rem(g, SLOTS), self.step(g + 1), keys - j * BLOCK
+            plgpu.barrier_wait(refs.full.at[slot])
+            scores = self.scores(slot, queries)
+            plgpu.barrier_arrive(refs.read.at[slot])
+            self.load_tail(g + 1, following)
+
+            scores = lax.cond(left - hidden < BLOCK, self.mask, lambda s, _: s, scores, left)
+            raised = jnp.maximum(top, scores.max(axis=1) * factor)
+            # where nothing was seen yet, the largest score is one that counts for nothing
+            base = jnp.where(raised > REAL, raised, 0.0)
+            weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(base, scores.shape, [0]))
+            change = jnp.exp2(top - raised)
+            plgpu.barrier_wait(refs.taken)
+            refs.P[...] = weights.astype(p.dtype)
+            refs.FACTORS.at[slot][...] = change
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(refs.scored.at[slot])
+            return raised, total * change + weights.sum(axis=1)
+
+        return step
+
+    def scores(self, slot, queries):
+        """Queries times the keys in a slot."""
+        refs, (_, right) = self.refs, self.p.halves
+        early = [(queries[0], refs.LEFT.at[slot])]
+        if right > 64:
+            early.append((queries[1], refs.RIGHT.at[slot, :, pl.ds(0, right - 64)]))
+        early.append((refs.Q.at[:, pl.ds(0, 64)], refs.RIGHT.at[slot, :, pl.ds(right - 64, 64)]))
+        tail = refs.Q.at[:, pl.ds(64, 64)], refs.TAIL
+        if interpreted():  # which has no products with a left operand in registers
+            plgpu.barrier_wait(refs.tail_full)
+            return sum(
+                jnp.dot(x[...].astype(F32), keys[...].astype(F32).T) for x, keys in (*early, tail)
+            )
+
+        def multiply(acc):
+            for x, keys in early:
+                plgpu.wgmma(acc, x, keys.transpose((1, 0)))
+            plgpu.barrier_wait(refs.tail_full)
+            x, keys = tail
+            plgpu.wgmma(acc, x, keys.transpose((1, 0)))
+            return plgpu.wgmma_accumulator_load(acc)
+
+        return pl.run_scoped(multiply, plgpu.ACC((ROWS, BLOCK), F32))
+
+    def mask(self, scores, left):
+        """Takes out the keys of a block that a row does not see; `left` are the sequence's."""
+        p, iota = self.p, functools.partial(plgpu.broadcasted_iota, jnp.int32, scores.shape)
+        column = iota(1, layout=plgpu.Layout.WGMMA)
+        limit = left
+        if p.causal and p.s_q > 1:
+            row = iota(0, layout=plgpu.Layout.WGMMA) + self.tile * ROWS
+            later = sum((row < token * p.heads).astype(jnp.int32) for token in range(1, p.s_q))
+            limit = left - later
+        return jnp.where(column < limit, scores, NEVER)
+
+
+def by_row(value):
+    """A number for each row of queries."""
+    return plgpu.layout_cast(jnp.full((ROWS,), value, F32), BY_ROW)

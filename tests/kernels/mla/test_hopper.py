@@ -1,0 +1,101 @@
+"""The MLA decode kernel: interpreted on the CPU, or run as it is where there is a Hopper GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from whalejax.kernels import mosaic
+from whalejax.kernels.backend import mosaic_unusable
+from whalejax.kernels.mla import hopper
+from whalejax.kernels.testing import assert_rows_close
+
+pytestmark = pytest.mark.skipif(mosaic_unusable() is not None, reason=str(mosaic_unusable()))
+ON_GPU = jax.default_backend() == "gpu"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a function with its kernels: on a GPU if there is one, else interpreted."""
+    if ON_GPU:
+        yield jax.jit
+        return
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    monkeypatch.setattr(mosaic, "num_sms", lambda: 3)
+
+    def call(function):
+        def compiled(*arguments):
+            with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+                return jax.block_until_ready(jax.jit(lambda *a: function(*a))(*arguments))
+
+        return compiled
+
+    yield call
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def draw(lengths, *, s_q=1, heads=16, v_dim=128, page_size=64, dtype=jnp.bfloat16):
+    """Queries, pages with NaN in every unused slot, and a table with garbage in unused entries."""
+    rng, d = np.random.default_rng(0), v_dim + 64
+    batch, most = len(lengths), max(-(-max(lengths) // page_size), 1)
+    pages = np.full((batch * most + 1, page_size, d), np.nan, np.float32)
+    table = np.full((batch, most), 2147480000, np.int32)
+    order = rng.permutation(batch * most + 1)
+    for b, length in enumerate(lengths):
+        for start in range(0, length, page_size):
+            page = order[b * most + start // page_size]
+            count = min(page_size, length - start)
+            pages[page, :count] = rng.normal(size=(count, d))
+            table[b, start // page_size] = page
+    q = rng.normal(size=(batch, s_q, heads, d))
+    lengths = jnp.asarray(lengths, jnp.int32)
+    return jnp.asarray(q, dtype), jnp.asarray(pages, dtype), jnp.asarray(table), lengths
+
+
+def truth(q, pages, table, lengths, v_dim, scale, causal):
+    q, pages = (np.asarray(a, np.float64) for a in (q, pages))
+    table, lengths = np.asarray(table), np.asarray(lengths)
+    batch, s_q, heads, d = q.shape
+    out, lse = np.zeros((batch, s_q, heads, v_dim)), np.full((batch, heads, s_q), np.inf)
+    for b, length in enumerate(lengths):
+        used = table[b, : -(-length // pages.shape[1])]
+        keys = pages[used].reshape(-1, d)[:length]
+        for t in range(s_q):
+            k = keys[: max(length - (s_q - 1 - t), 0)] if causal else keys
+            if len(k):
+                scores = q[b, t] @ k.T * scale
+                top = scores.max(axis=1, keepdims=True)
+                weights = np.exp(scores - top)
+                total = weights.sum(axis=1, keepdims=True)
+                out[b, t], lse[b, :, t] = (
+                    weights / total @ k[:, :v_dim],
+                    (top + np.log(total))[:, 0],
+                )
+    return out, lse
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes", "causal"),
+    [
+        ([70, 0, 1, 192], {}, True),
+        ([600], {}, True),
+        ([65, 3], {"s_q": 2, "heads": 5}, True),
+        ([65, 3], {"s_q": 2, "heads": 5}, False),
+        ([130, 2], {"s_q": 4, "heads": 17, "page_size": 128}, True),
+        ([100, 64], {"v_dim": 256, "dtype": jnp.float16}, True),
+        ([100, 64], {"v_dim": 512}, True),
+        ([64, 90], {"v_dim": 192}, True),
+    ],
+    ids=str,
+)
+def test_equals_numpy_float64(run, lengths, sizes, causal):
+    q, pages, table, lengths = draw(lengths, **sizes)
+    v_dim, scale = q.shape[3] - 64, q.shape[3] ** -0.5
+    attend = run(lambda *a: hopper.mla_decode(*a, v_dim=v_dim, scale=scale, causal=causal))
+    out, lse = attend(q, pages, table, lengths)
+    expected, expected_lse = truth(q, pages, table, lengths, v_dim, scale, causal)
+    # weights are rounded to the cache's dtype, and so is the output
+    assert_rows_close(out, expected, tolerance=5e-3)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
