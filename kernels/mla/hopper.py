@@ -1,13 +1,11 @@
 """Paged MLA decode on Hopper: lays out queries and cache, attends, merges what was cut."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable
-from whalejax.kernels.mla.plan import BLOCK, CUT, SEQUENCE, Plan, plan_mla_decode
+from whalejax.kernels.mla.plan import BLOCK, Plan, plan_mla_decode
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 ROPE = 64
@@ -47,6 +45,7 @@ def mla_decode(
 ) -> tuple[jax.Array, jax.Array]:
     """Attends by a plan, then merges the pieces of the sequences that it cuts."""
     from whalejax.kernels.mla.hopper_kernel import Problem, build
+    from whalejax.kernels.mla.merge_kernel import build as build_merge
 
     batch, s_q, heads, d = q.shape
     if plan is None:
@@ -63,32 +62,12 @@ def mla_decode(
         dtype=q.dtype,
     )
     rows, blocks = q.reshape(batch, s_q * heads, d), kv_pages.reshape(-1, BLOCK, d)
+    plan, rows, blocks = mosaic.unvarying((plan, rows, blocks))
     attend = build(p, plan.steps.shape[0])
-    arguments = plan.steps, plan.starts, plan.pieces, rows, blocks
-    out, parts, lse = attend(*mosaic.unvarying(arguments))
-    out, lse = merge(p, plan, out, parts, lse)
-    out = out[:, : s_q * heads].reshape(batch, s_q, heads, v_dim)
-    lse = lse[:, : s_q * heads].reshape(batch, s_q, heads).transpose(0, 2, 1)
-    return out, lse
-
-
-def merge(p, plan, out, parts, lse):
-    """The output and its sums of exponentials, of whole sequences and of those that were cut."""
-    sequence = plan.pieces[:, SEQUENCE]
-    real = jnp.arange(p.pieces) < plan.first_piece[-1]
-    lse = jnp.where(real[:, None, None], lse.reshape(p.pieces, p.tiles, -1), -jnp.inf)
-    lse = jnp.where(lse < -1e20, -jnp.inf, lse)
-    top = jax.ops.segment_max(lse, sequence, p.batch)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    weight = jnp.exp2(lse - top[sequence])
-    total = jax.ops.segment_sum(weight, sequence, p.batch)
-    cut = (plan.pieces[:, CUT] != 0) & real
-    share = jnp.where(cut[:, None, None], weight / total[sequence], 0.0)
-    # what no piece was written to may hold anything
-    parts = jnp.where(cut[:, None, None, None], parts, 0.0)
-    merged = jax.ops.segment_sum(parts * share[..., None], sequence, p.batch)
-    is_cut = jax.ops.segment_max(cut.astype(jnp.int32), sequence, p.batch) > 0
-    merged = merged.reshape(out.shape).astype(out.dtype)
-    out = jnp.where(is_cut[:, None, None], jnp.where(jnp.isnan(merged), 0, merged), out)
-    lse = jnp.where(total > 0, (top + jnp.log2(total)) * math.log(2), jnp.inf)
-    return out, lse.reshape(p.batch, -1)
+    out, lse, *parts = attend(plan.steps, plan.starts, plan.pieces, rows, blocks)
+    out, lse = jax.new_ref(out), jax.new_ref(lse)
+    merge = build_merge(p, plan.cut.shape[0])
+    merge(plan.cut, plan.first_piece, *parts, out, lse)
+    out = jax.freeze(out)[:, : s_q * heads].reshape(batch, s_q, heads, v_dim)
+    lse = jax.freeze(lse).reshape(batch, -1)[:, : s_q * heads].reshape(batch, s_q, heads)
+    return out, lse.transpose(0, 2, 1)

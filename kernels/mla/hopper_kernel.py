@@ -93,8 +93,9 @@ class Refs(NamedTuple):
     q: Any
     kv: Any
     out: Any
-    parts: Any
     lse: Any
+    parts: Any
+    part_lse: Any
     LEFT: Any
     RIGHT: Any
     TAIL: Any
@@ -115,9 +116,9 @@ def build(p: Problem, workers: int):
     q is `[b, s_q * heads, d]`, keys are `[blocks, 64, d]`.
 
     Returns:
-      `out [b, tiles * 64, v_dim]` of sequences that are not cut, `f32[pieces, tiles, 64, v_dim]` of
-      pieces of the others, and `f32[pieces, tiles, 64]`: of all pieces the base-2 logarithm of the
-      sum of exponentials, `NEVER` where a row sees no key.
+      `out [b, tiles * 64, v_dim]` and `lse f32[b, tiles, 64]` of sequences that are not cut; of the
+      pieces of others `f32[pieces, tiles, 64, v_dim]` and, as base-2 logarithms, `NEVER` where a
+      row sees no key, `f32[pieces, tiles, 64]`.
     """
 
     def body(*refs):
@@ -144,6 +145,7 @@ def build(p: Problem, workers: int):
         body,
         out_type=[
             jax.ShapeDtypeStruct((p.batch, p.tiles * ROWS, p.v_dim), p.dtype),
+            jax.ShapeDtypeStruct((p.batch, p.tiles, ROWS), F32),
             jax.ShapeDtypeStruct((p.pieces, p.tiles, ROWS, p.v_dim), F32),
             jax.ShapeDtypeStruct((p.pieces, p.tiles, ROWS), F32),
         ],
@@ -335,7 +337,16 @@ class Scorer(Warpgroup):
         refs.FACTORS.at[SLOTS + parity][...] = jnp.where(seen, 1 / total, 0.0)
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.finished.at[parity])
-        refs.lse.at[i, self.tile][...] = jnp.where(seen, top + jnp.log2(total), NEVER)
+
+        @pl.when(self.piece(i, CUT) == 0)
+        def _whole():
+            refs.lse.at[self.piece(i, SEQUENCE), self.tile][...] = natural(top, total)
+
+        @pl.when(self.piece(i, CUT) != 0)
+        def _part():
+            sums = jnp.where(seen, top + jnp.log2(total), NEVER)
+            refs.part_lse.at[i, self.tile][...] = sums
+
         return g + 1 + blocks
 
     def take_queries(self, slot):
@@ -416,6 +427,11 @@ class Scorer(Warpgroup):
             later = sum((row < token * p.heads).astype(jnp.int32) for token in range(1, p.s_q))
             limit = left - later
         return jnp.where(column < limit, scores, NEVER)
+
+
+def natural(top, total):
+    """The logarithm of a sum of exponentials, `total` times two to the power of `top`."""
+    return jnp.where(total > 0, (top + jnp.log2(total)) * math.log(2), jnp.inf)
 
 
 def by_row(value):

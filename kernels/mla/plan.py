@@ -26,6 +26,7 @@ class Plan:
         past the last one have no worker.
       starts: `i32[workers, 3]`: each worker's first piece, the one after its last, and its steps.
       first_piece: `i32[b + 1]`, each sequence's first piece.
+      cut: `i32[min(b, workers - 1)]`, or one: the sequences that are cut, then -1.
       steps: `i32[workers, steps]`, what each worker loads in order: of each piece its queries,
         `-1 - sequence`, then the numbers of its blocks of 64 keys in the cache.
     """
@@ -33,6 +34,7 @@ class Plan:
     pieces: jax.Array
     starts: jax.Array
     first_piece: jax.Array
+    cut: jax.Array
     steps: jax.Array
 
 
@@ -98,8 +100,17 @@ def plan_mla_decode(
         pieces=pieces,
         starts=jnp.stack([starts[:-1], starts[1:], end - before[starts[:-1]]], axis=1),
         first_piece=jnp.append(first_piece, last_piece[-1:]),
+        cut=_cut(cuts > 0, max(min(batch, workers - 1), 1)),
         steps=jnp.where(step < end[:, None], loads, 0),
     )
+
+
+def _cut(is_cut, most):
+    """The numbers of those that are, then -1."""
+    up_to = jnp.cumsum(is_cut, dtype=jnp.int32)
+    number = jnp.arange(most, dtype=jnp.int32)
+    found = jnp.sum(up_to[None] <= number[:, None], axis=1, dtype=jnp.int32)
+    return jnp.where(number < up_to[-1], found, -1)
 
 
 def _steps(pieces, before, step, page_table, page_size):

@@ -63,8 +63,17 @@ def test_every_block_is_in_one_piece_of_one_worker(lengths, workers):
         ends = np.cumsum(pieces[:, BLOCKS])
         assert pieces[:, FIRST].tolist() == [0, *ends[:-1]] and ends[-1] == -(-length // BLOCK)
         assert (pieces[:, KEYS] == length - pieces[:, FIRST] * BLOCK).all()
+        assert (s in plan.cut) == (len(pieces) > 1)
         # a sequence without keys is a piece of its own, and no other piece is empty
         assert len(pieces) == 1 or pieces[:, BLOCKS].min() > 0
+
+
+@settings(max_examples=50, derandomize=True, deadline=None)
+@given(lengths=LENGTHS, workers=st.sampled_from([1, 7, 132]))
+def test_sequences_that_are_cut_come_first(lengths, workers):
+    cut = make(lengths, workers)[0].cut
+    count = (cut >= 0).sum()
+    assert (np.diff(cut[:count]) > 0).all() and (cut[count:] == -1).all()
 
 
 @settings(max_examples=100, derandomize=True, deadline=None)

@@ -1,0 +1,66 @@
+"""Merges the pieces of sequences that the plan of a paged decode cuts.
+
+A CTA takes 32 columns of 64 rows of queries of one such sequence, and goes through its pieces,
+largest score by largest score, as the decode itself goes through blocks.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from whalejax.kernels.mla.hopper_kernel import BY_ROW, F32, REAL, ROWS, Problem, by_row, natural
+from whalejax.kernels.mosaic import compiler_params
+
+COLUMNS = 32
+
+
+def build(p: Problem, most: int) -> Any:
+    """The kernel as a function of a plan's `cut` and `first_piece`, parts and their sums.
+
+    Two more arguments, mutable arrays, are the output and its sums, of which it writes what belongs
+    to at `most` so many sequences that are cut.
+    """
+
+    def body(cut, first_piece, parts, part_lse, out, lse):
+        tile, chunk = lax.axis_index("tile"), lax.axis_index("chunk")
+        sequence = cut[lax.axis_index("cut")]
+
+        @pl.when(sequence >= 0)
+        def _merge():
+            columns = pl.ds(chunk * COLUMNS, COLUMNS)
+
+            def piece(i, carry):
+                top, total, acc = carry
+                sums = plgpu.load(part_lse.at[i, tile], layout=BY_ROW, optimized=False)
+                raised = jnp.maximum(top, sums)
+                base = jnp.where(raised > REAL, raised, 0.0)
+                before, here = jnp.exp2(top - base), jnp.exp2(sums - base)
+                part = parts.at[i, tile, :, columns]
+                part = plgpu.load(part, layout=plgpu.Layout.WGMMA, optimized=False)
+                spread = [lax.broadcast_in_dim(f, part.shape, [0]) for f in (before, here)]
+                return raised, total * before + here, acc * spread[0] + part * spread[1]
+
+            acc = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), F32), plgpu.Layout.WGMMA)
+            start = by_row(2 * REAL), by_row(0), acc
+            first, last = first_piece[sequence], first_piece[sequence + 1]
+            top, total, acc = lax.fori_loop(first, last, piece, start)
+            inverse = jnp.where(total > 0, 1 / total, 0.0)
+            rows = pl.ds(tile * ROWS, ROWS)
+            merged = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+            out.at[sequence, rows, columns][...] = merged.astype(p.dtype)
+
+            @pl.when(chunk == 0)
+            def _sums():
+                lse.at[sequence, tile][...] = natural(top, total)
+
+    return plgpu.kernel(
+        body,
+        out_type=(),
+        grid=(most, p.tiles, p.v_dim // COLUMNS),
+        grid_names=("cut", "tile", "chunk"),
+        kernel_name="mla_merge",
+        compiler_params=compiler_params(),
+    )
