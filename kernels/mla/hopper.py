@@ -49,22 +49,22 @@ def mla_decode(
 
     batch, s_q, heads, d = q.shape
     if plan is None:
-        count, page_size = workers(s_q, heads), kv_pages.shape[1]
-        plan = plan_mla_decode(lengths, page_table, page_size=page_size, workers=count)
+        plan = plan_mla_decode(lengths, workers=workers(s_q, heads))
     p = Problem(
         batch=batch,
         s_q=s_q,
         heads=heads,
         v_dim=v_dim,
         pieces=plan.pieces.shape[0],
+        page_blocks=kv_pages.shape[1] // BLOCK,
         scale=scale,
         causal=causal,
         dtype=q.dtype,
     )
     rows, blocks = q.reshape(batch, s_q * heads, d), kv_pages.reshape(-1, BLOCK, d)
-    plan, rows, blocks = mosaic.unvarying((plan, rows, blocks))
-    attend = build(p, plan.steps.shape[0])
-    out, lse, *parts = attend(plan.steps, plan.starts, plan.pieces, rows, blocks)
+    plan, rows, blocks, table = mosaic.unvarying((plan, rows, blocks, page_table))
+    attend = build(p, plan.starts.shape[0] - 1)
+    out, lse, *parts = attend(plan.starts, plan.pieces, table, rows, blocks)
     out, lse = jax.new_ref(out), jax.new_ref(lse)
     merge = build_merge(p, plan.cut.shape[0])
     merge(plan.cut, plan.first_piece, *parts, out, lse)

@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from whalejax.kernels.mla.plan import BLOCK, BLOCKS, CUT, KEYS, SEQUENCE
+from whalejax.kernels.mla.plan import BLOCK, BLOCKS, CUT, FIRST, KEYS, SEQUENCE
 from whalejax.kernels.mosaic import interpreted, transforms
 
 F32 = jnp.float32
@@ -51,6 +51,7 @@ class Problem:
       s_q, heads: new tokens of each, and heads of each token.
       v_dim: width of the values; keys have `ROPE` columns more.
       pieces: most that a plan can have.
+      page_blocks: blocks of 64 keys in a page.
       scale: on the scores.
       causal: whether a new token sees no later one.
       dtype: of queries, keys and output.
@@ -61,6 +62,7 @@ class Problem:
     heads: int
     v_dim: int
     pieces: int
+    page_blocks: int
     scale: float
     causal: bool
     dtype: Any
@@ -87,9 +89,9 @@ class Refs(NamedTuple):
       FACTORS: of rows: what each block scales the output with; at last, of a piece, 1 / sum.
     """
 
-    steps: Any
     starts: Any
     pieces: Any
+    table: Any
     q: Any
     kv: Any
     out: Any
@@ -111,7 +113,7 @@ class Refs(NamedTuple):
 
 
 def build(p: Problem, workers: int):
-    """The kernel as a function of a plan's steps, starts and pieces, of q and of blocks of keys.
+    """The kernel as a function of a plan's starts and pieces, the table of pages, q and keys.
 
     q is `[b, s_q * heads, d]`, keys are `[blocks, 64, d]`.
 
@@ -177,33 +179,50 @@ def build(p: Problem, workers: int):
     )
 
 
+class Step(NamedTuple):
+    """What a slot is filled with: queries of a piece, where `block` is -1, or one of its blocks."""
+
+    piece: Any
+    block: Any
+
+
 class Warpgroup:
     """What scorer and accumulators share: a worker's steps, and how a step is loaded."""
 
     def __init__(self, p: Problem, refs: Refs, worker: jax.Array, tile: jax.Array):
-        self.p, self.refs, self.worker, self.tile = p, refs, worker, tile
-        self.first, self.last = refs.starts[worker, 0], refs.starts[worker, 1]
-        self.num_steps = refs.starts[worker, 2]
-
-    def step(self, g: jax.Array) -> jax.Array:
-        """The g-th step, or the last there is room for."""
-        return self.refs.steps[self.worker, jnp.minimum(g, self.refs.steps.shape[1] - 1)]
-
-    def load(self, g: jax.Array, step: jax.Array, columns: Any, target: Any, barrier: Any) -> None:
-        """Starts to load columns of the g-th step's keys or queries, if there is such a step."""
-
-        @pl.when((g < self.num_steps) & (step >= 0))
-        def _keys():
-            plgpu.copy_gmem_to_smem(self.refs.kv.at[step, :, columns], target, barrier)
-
-        @pl.when((g < self.num_steps) & (step < 0))
-        def _queries():
-            rows = pl.ds(self.tile * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(self.refs.q.at[-1 - step, rows, columns], target, barrier)
+        self.p, self.refs, self.tile = p, refs, tile
+        self.first, self.last = refs.starts[worker], refs.starts[worker + 1]
 
     def piece(self, i: jax.Array, field: int) -> jax.Array:
         """A field of a piece."""
-        return self.refs.pieces[i, field]
+        return self.refs.pieces[jnp.minimum(i, self.p.pieces - 1), field]
+
+    def first_step(self) -> Step:
+        """The first piece's queries."""
+        return Step(self.first, jnp.int32(-1))
+
+    def next_step(self, step: Step) -> Step:
+        """The step after one; past the last piece, those of no piece."""
+        more = step.block + 1 < self.piece(step.piece, BLOCKS)
+        piece = jnp.where(more, step.piece, step.piece + 1)
+        return Step(piece, jnp.where(more, step.block + 1, -1))
+
+    def load(self, step: Step, columns: Any, target: Any, barrier: Any) -> None:
+        """Starts to load columns of a step's keys or queries, if there is such a step."""
+        p, real = self.p, step.piece < self.last
+        sequence = self.piece(step.piece, SEQUENCE)
+
+        @pl.when(real & (step.block >= 0))
+        def _keys():
+            block = self.piece(step.piece, FIRST) + step.block
+            page = self.refs.table[sequence, lax.div(block, p.page_blocks)]
+            number = page * p.page_blocks + lax.rem(block, p.page_blocks)
+            plgpu.copy_gmem_to_smem(self.refs.kv.at[number, :, columns], target, barrier)
+
+        @pl.when(real & (step.block < 0))
+        def _queries():
+            rows = pl.ds(self.tile * ROWS, ROWS)
+            plgpu.copy_gmem_to_smem(self.refs.q.at[sequence, rows, columns], target, barrier)
 
 
 class Accumulator(Warpgroup):
@@ -218,46 +237,49 @@ class Accumulator(Warpgroup):
 
     def run(self) -> None:
         """Works through all pieces."""
-        for g in range(SLOTS):
-            self.refill(g, self.step(g), g)
+        ahead = self.first_step()
+        for slot in range(SLOTS):
+            self.refill(ahead, slot)
+            ahead = self.next_step(ahead)
         plgpu.barrier_arrive(self.refs.taken)
 
-        def piece(i, g):
-            slot, following = lax.rem(g, SLOTS), self.step(g + SLOTS)
+        def piece(i, carry):
+            g, ahead = carry
+            slot = lax.rem(g, SLOTS)
             plgpu.barrier_wait(self.refs.scored.at[slot])
-            self.refill(g + SLOTS, following, slot)
+            self.refill(ahead, slot)
             plgpu.barrier_wait(self.refs.read.at[lax.rem(g + 1, SLOTS)])
-            self.store(
-                i, lax.fori_loop(0, self.piece(i, BLOCKS), self.block(i, g + 1), self.zeros())
-            )
-            return g + 1 + self.piece(i, BLOCKS)
+            start = g + 1, self.next_step(ahead), self.zeros()
+            g, ahead, acc = lax.fori_loop(0, self.piece(i, BLOCKS), self.block(i), start)
+            self.store(i, acc)
+            return g, ahead
 
-        lax.fori_loop(self.first, self.last, piece, 0)
+        lax.fori_loop(self.first, self.last, piece, (0, ahead))
 
     def zeros(self):
         """The output's accumulators."""
         return plgpu.layout_cast(jnp.zeros((ROWS, self.width), F32), plgpu.Layout.WGMMA)
 
-    def refill(self, g, step, slot):
-        """Loads the g-th step into a slot that was read."""
-        self.load(g, step, self.columns, self.ring.at[slot], self.refs.full.at[slot])
+    def refill(self, step, slot):
+        """Loads a step into a slot that was read."""
+        self.load(step, self.columns, self.ring.at[slot], self.refs.full.at[slot])
 
-    def block(self, i, first_step):
-        """The loop's body over the blocks of piece i, which begin with `first_step`."""
+    def block(self, i):
+        """The loop's body over the blocks of piece i."""
         keys = self.piece(i, KEYS)
 
-        def step(j, acc):
-            g = first_step + j
-            slot, following = lax.rem(g, SLOTS), self.step(g + SLOTS)
+        def step(j, carry):
+            g, ahead, acc = carry
+            slot, left = lax.rem(g, SLOTS), keys - j * BLOCK
             plgpu.barrier_wait(self.refs.scored.at[slot])
             factor = plgpu.load(self.refs.FACTORS.at[slot], layout=BY_ROW)
             acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
-            pl.when(keys - j * BLOCK < BLOCK)(functools.partial(self.clear, slot, keys - j * BLOCK))
+            pl.when(left < BLOCK)(functools.partial(self.clear, slot, left))
             plgpu.barrier_wait(self.refs.read.at[lax.rem(g + 1, SLOTS)])
             acc = add_product(acc, self.refs.P, self.ring.at[slot])
             plgpu.barrier_arrive(self.refs.taken)
-            self.refill(g + SLOTS, following, slot)
-            return acc
+            self.refill(ahead, slot)
+            return g + 1, self.next_step(ahead), acc
 
         return step
 
@@ -308,30 +330,32 @@ class Scorer(Warpgroup):
 
     def run(self) -> None:
         """Works through all pieces."""
-        self.load_tail(0, self.step(0))
-        g = lax.fori_loop(self.first, self.last, self.score_piece, 0)
+        ahead = self.first_step()
+        self.load_tail(ahead)
+        start = 0, self.next_step(ahead)
+        g, _ = lax.fori_loop(self.first, self.last, self.score_piece, start)
         plgpu.barrier_arrive(self.refs.read.at[lax.rem(g, SLOTS)])
         plgpu.barrier_wait(self.refs.taken)  # by the last block
 
-    def load_tail(self, g, step):
-        """Loads the rotary part of the g-th step."""
+    def load_tail(self, step):
+        """Loads the rotary part of a step."""
         columns = pl.ds(self.p.v_dim, ROPE)
-        self.load(g, step, columns, self.refs.TAIL, self.refs.tail_full)
+        self.load(step, columns, self.refs.TAIL, self.refs.tail_full)
 
-    def score_piece(self, i, g):
+    def score_piece(self, i, carry):
         """Scores all blocks of piece i."""
-        refs = self.refs
-        slot, following = lax.rem(g, SLOTS), self.step(g + 1)
+        refs, (g, ahead) = self.refs, carry
+        slot = lax.rem(g, SLOTS)
         plgpu.barrier_arrive(refs.read.at[slot], predicate=g > 0)
         plgpu.barrier_wait(refs.full.at[slot])
         plgpu.barrier_wait(refs.tail_full)
         queries = self.take_queries(slot)
         plgpu.barrier_arrive(refs.scored.at[slot])
-        self.load_tail(g + 1, following)
+        self.load_tail(ahead)
 
-        top, total = by_row(NEVER), by_row(0)
-        blocks = self.piece(i, BLOCKS)
-        top, total = lax.fori_loop(0, blocks, self.block(i, g + 1, queries), (top, total))
+        start = g + 1, self.next_step(ahead), by_row(NEVER), by_row(0)
+        body = self.block(i, queries)
+        g, ahead, top, total = lax.fori_loop(0, self.piece(i, BLOCKS), body, start)
         seen = total > 0
         parity = lax.rem(i - self.first, 2)
         refs.FACTORS.at[SLOTS + parity][...] = jnp.where(seen, 1 / total, 0.0)
@@ -347,7 +371,7 @@ class Scorer(Warpgroup):
             sums = jnp.where(seen, top + jnp.log2(total), NEVER)
             refs.part_lse.at[i, self.tile][...] = sums
 
-        return g + 1 + blocks
+        return g, ahead
 
     def take_queries(self, slot):
         """Queries: in registers as far as they fit, the last 128 columns in SMEM."""
@@ -363,20 +387,19 @@ class Scorer(Warpgroup):
         plgpu.commit_smem()
         return queries
 
-    def block(self, i, first_step, queries):
+    def block(self, i, queries):
         """The loop's body over the blocks of piece i."""
         p, refs = self.p, self.refs
         keys, factor = self.piece(i, KEYS), p.scale * math.log2(math.e)
         hidden = p.s_q - 1 if p.causal else 0  # from the first new token
 
         def step(j, carry):
-            top, total = carry
-            g = first_step + j
-            slot, following, left = lax.rem(g, SLOTS), self.step(g + 1), keys - j * BLOCK
+            g, ahead, top, total = carry
+            slot, left = lax.rem(g, SLOTS), keys - j * BLOCK
             plgpu.barrier_wait(refs.full.at[slot])
             scores = self.scores(slot, queries)
             plgpu.barrier_arrive(refs.read.at[slot])
-            self.load_tail(g + 1, following)
+            self.load_tail(ahead)
 
             scores = lax.cond(left - hidden < BLOCK, self.mask, lambda s, _: s, scores, left)
             raised = jnp.maximum(top, scores.max(axis=1) * factor)
@@ -389,7 +412,8 @@ class Scorer(Warpgroup):
             refs.FACTORS.at[slot][...] = change
             plgpu.commit_smem()
             plgpu.barrier_arrive(refs.scored.at[slot])
-            return raised, total * change + weights.sum(axis=1)
+            total = total * change + weights.sum(axis=1)
+            return g + 1, self.next_step(ahead), raised, total
 
         return step
 

@@ -24,34 +24,27 @@ class Plan:
       pieces: `i32[pieces, 5]`: its sequence, first block of 64 keys, blocks (none where a sequence
         has no keys), the sequence's keys from there on, and whether the sequence is cut. Pieces
         past the last one have no worker.
-      starts: `i32[workers, 3]`: each worker's first piece, the one after its last, and its steps.
+      starts: `i32[workers + 1]`, each worker's first piece; it has those up to the next one's.
       first_piece: `i32[b + 1]`, each sequence's first piece.
       cut: `i32[min(b, workers - 1)]`, or one: the sequences that are cut, then -1.
-      steps: `i32[workers, steps]`, what each worker loads in order: of each piece its queries,
-        `-1 - sequence`, then the numbers of its blocks of 64 keys in the cache.
     """
 
     pieces: jax.Array
     starts: jax.Array
     first_piece: jax.Array
     cut: jax.Array
-    steps: jax.Array
 
 
 SEQUENCE, FIRST, BLOCKS, KEYS, CUT = range(5)
 
 
-def plan_mla_decode(
-    lengths: jax.Array, page_table: jax.Array, *, page_size: int, workers: int
-) -> Plan:
+def plan_mla_decode(lengths: jax.Array, *, workers: int) -> Plan:
     """Shares out the keys of a batch among workers, inside of `jax.jit`.
 
     Made once for a step of decoding, it serves all layers.
 
     Args:
       lengths: `i32[b]`, keys of each sequence.
-      page_table: `i32[b, max_pages]`, the pages of each sequence in order.
-      page_size: keys of a page, 64 or 128.
       workers: that attend at the same time.
 
     Returns:
@@ -62,9 +55,14 @@ def plan_mla_decode(
 
     Source: FlashMLA's `get_mla_metadata`, as sums instead of a loop.
     """
-    _check(lengths, page_table, page_size, workers)
-    batch, most = lengths.shape[0], page_table.shape[1] * page_size // BLOCK
-    blocks = (jnp.clip(lengths, 0, most * BLOCK) + BLOCK - 1) // BLOCK
+    if lengths.ndim != 1 or not lengths.size or lengths.dtype != jnp.int32:
+        raise ValueError(
+            f"plan_mla_decode: lengths is {lengths.dtype}{list(lengths.shape)}, must be int32[b]"
+        )
+    if workers < 1:
+        raise ValueError(f"plan_mla_decode: workers={workers} must be at least 1")
+    batch, lengths = lengths.shape[0], jnp.maximum(lengths, 0)
+    blocks = (lengths + BLOCK - 1) // BLOCK
     ends = jnp.cumsum(blocks + PIECE_CELLS, dtype=jnp.int32)
     stretch = (ends[-1] + workers - 1) // workers
     begin = ends - blocks  # of a sequence's blocks: no cut falls in the cells before them
@@ -88,20 +86,13 @@ def plan_mla_decode(
     )
     size = jnp.where(real, tail - head, 0)
     split = (cuts[sequence] > 0).astype(jnp.int32)
-    keys = jnp.clip(lengths, 0, most * BLOCK)[sequence] - head * BLOCK
+    keys = lengths[sequence] - head * BLOCK
     pieces = jnp.stack([sequence, head, size, keys, split], axis=1)
-    before = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(jnp.where(real, size + 1, 0)))
-    before = before.astype(jnp.int32)  # steps of all pieces before each
-    most_steps = -(-batch * (most + PIECE_CELLS) // workers) + 1
-    step = before[starts[:-1], None] + jnp.arange(most_steps, dtype=jnp.int32)[None]
-    end = before[starts[1:]]
-    loads = _steps(pieces, before, step, page_table, page_size)
     return Plan(
         pieces=pieces,
-        starts=jnp.stack([starts[:-1], starts[1:], end - before[starts[:-1]]], axis=1),
+        starts=starts,
         first_piece=jnp.append(first_piece, last_piece[-1:]),
         cut=_cut(cuts > 0, max(min(batch, workers - 1), 1)),
-        steps=jnp.where(step < end[:, None], loads, 0),
     )
 
 
@@ -111,33 +102,3 @@ def _cut(is_cut, most):
     number = jnp.arange(most, dtype=jnp.int32)
     found = jnp.sum(up_to[None] <= number[:, None], axis=1, dtype=jnp.int32)
     return jnp.where(number < up_to[-1], found, -1)
-
-
-def _steps(pieces, before, step, page_table, page_size):
-    """What a step loads: a piece's queries, then its blocks."""
-    piece = jnp.searchsorted(before[1:], step, side="right", method="scan_unrolled")
-    piece = jnp.minimum(piece, pieces.shape[0] - 1)
-    sequence = pieces[piece, SEQUENCE]
-    block = pieces[piece, FIRST] + step - before[piece] - 1
-    page, part = jnp.divmod(jnp.maximum(block, 0), page_size // BLOCK)
-    page = page_table[sequence, jnp.minimum(page, page_table.shape[1] - 1)]
-    number = page * (page_size // BLOCK) + part
-    return jnp.where(step == before[piece], -1 - sequence, number)
-
-
-def _check(lengths, page_table, page_size, workers):
-    batch = lengths.shape[0] if lengths.ndim == 1 else 0
-    if not batch or lengths.dtype != jnp.int32:
-        raise ValueError(
-            f"plan_mla_decode: lengths is {lengths.dtype}{list(lengths.shape)}, must be int32[b]"
-        )
-    if page_table.shape[:1] != (batch,) or page_table.ndim != 2 or page_table.dtype != jnp.int32:
-        raise ValueError(
-            f"plan_mla_decode: page_table is {page_table.dtype}{list(page_table.shape)}, must be "
-            f"int32[{batch}, max_pages]"
-        )
-    if page_size not in (64, 128) or workers < 1:
-        raise ValueError(
-            f"plan_mla_decode: page_size={page_size} must be 64 or 128, workers={workers} at "
-            f"least 1"
-        )
