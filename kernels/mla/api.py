@@ -3,9 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from whalejax.kernels.backend import choose
+from whalejax.kernels.backend import choose, unusable
+from whalejax.kernels.mla.plan import Plan
 
-BACKENDS = {"xla": "whalejax.kernels.mla.reference"}
+# the kernel comes second, so only when it is named, until it was measured on a GPU
+BACKENDS = {
+    "xla": "whalejax.kernels.mla.reference",
+    "mosaic_gpu": "whalejax.kernels.mla.hopper",
+}
 
 
 def mla_decode(
@@ -17,6 +22,7 @@ def mla_decode(
     v_dim: int = 512,
     scale: float,
     causal: bool = True,
+    plan: Plan | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends from new tokens to a paged latent cache that all heads share.
@@ -31,7 +37,9 @@ def mla_decode(
       v_dim: width of the values, kv_lora_rank.
       scale: factor on the scores before the softmax.
       causal: query t sees `lengths - (s_q - 1 - t)` keys; otherwise all see `lengths`.
-      implementation: `"xla"`, or None for the first that can run.
+      plan: `plan_mla_decode(lengths, workers=mla_workers(s_q, h_q))`, for the kernel, which makes
+        its own without; XLA needs none.
+      implementation: `"xla"`, `"mosaic_gpu"`, or None for the first.
 
     Returns:
       `out [b, s_q, h_q, v_dim]` in q's dtype and `lse f32[b, h_q, s_q]`, the natural logarithm of
@@ -40,6 +48,7 @@ def mla_decode(
 
     Raises:
       ValueError: shapes or dtypes do not fit; prints them.
+      NotImplementedError: the implementation that was named cannot run; says why.
 
     Source: FlashMLA's interface; the absorbed form is DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
@@ -60,9 +69,11 @@ def mla_decode(
         raise ValueError(
             f"mla_decode: q.dtype={q.dtype} and kv_pages.dtype={kv_pages.dtype} differ"
         )
-    backend = choose("mla_decode", BACKENDS, implementation, q, kv_pages)
+    backend = choose("mla_decode", BACKENDS, implementation, q, kv_pages, v_dim)
+    if implementation and (reason := unusable(BACKENDS[implementation])):
+        raise NotImplementedError(f"mla_decode: {implementation!r} cannot run: {reason}")
     return backend.mla_decode(
-        q, kv_pages, page_table, lengths, v_dim=v_dim, scale=scale, causal=causal
+        q, kv_pages, page_table, lengths, v_dim=v_dim, scale=scale, causal=causal, plan=plan
     )
 
 

@@ -4,11 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from whalejax.kernels import mosaic
-from whalejax.kernels.backend import mosaic_unusable
+from whalejax.kernels.backend import mosaic_unusable, no_gpu
 from whalejax.kernels.mla.plan import BLOCK, Plan, plan_mla_decode
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 ROPE = 64
+
+
+def unusable() -> str | None:
+    """Says why the kernel cannot be used on this machine, None if it can."""
+    return mosaic_unusable() or no_gpu()
 
 
 def why_not(q: jax.Array, kv_pages: jax.Array, v_dim: int) -> str | None:
@@ -27,7 +32,7 @@ def why_not(q: jax.Array, kv_pages: jax.Array, v_dim: int) -> str | None:
     return None
 
 
-def workers(s_q: int, heads: int) -> int:
+def mla_workers(s_q: int, heads: int) -> int:
     """How many work at the same time: each is a CTA for every 64 rows of queries."""
     return max(mosaic.num_sms() // -(-s_q * heads // 64), 1)
 
@@ -49,7 +54,7 @@ def mla_decode(
 
     batch, s_q, heads, d = q.shape
     if plan is None:
-        plan = plan_mla_decode(lengths, workers=workers(s_q, heads))
+        plan = plan_mla_decode(lengths, workers=mla_workers(s_q, heads))
     p = Problem(
         batch=batch,
         s_q=s_q,

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from whalejax.kernels.mla.plan import Plan
 
-def why_not(q: jax.Array, kv_pages: jax.Array) -> str | None:
+
+def why_not(q: jax.Array, kv_pages: jax.Array, v_dim: int) -> str | None:
     """Runs everywhere."""
     return None
 
@@ -18,8 +20,10 @@ def mla_decode(
     v_dim: int,
     scale: float,
     causal: bool,
+    plan: Plan | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Gathers each sequence's pages and attends to them, softmax in float32."""
+    del plan  # every sequence is attended to as a whole
     batch, s_q = q.shape[:2]
     num_pages, page_size, width = kv_pages.shape
     keys = kv_pages[jnp.clip(page_table, 0, num_pages - 1)]

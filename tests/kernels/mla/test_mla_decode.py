@@ -89,3 +89,15 @@ def test_what_does_not_fit_is_printed(change, says):
         mla_decode(*change(*draw([3, 9])[:4]), v_dim=V, scale=1.0)
     with pytest.raises(ValueError, match="v_dim=21"):
         mla_decode(*draw([3, 9])[:4], v_dim=21, scale=1.0)
+
+
+def test_a_named_kernel_says_why_it_cannot_run():
+    arguments = draw([3, 9])[:4]
+    with pytest.raises(NotImplementedError, match="takes bfloat16 and float16, not float32|jax>="):
+        mla_decode(*arguments, v_dim=V, scale=1.0, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match=r"'fast' is unknown; choose from \['mosaic_gpu', 'xla'\]"):
+        mla_decode(*arguments, v_dim=V, scale=1.0, implementation="fast")
+    q = jnp.zeros((1, 1, 2, 576), jnp.bfloat16)
+    arguments = q, jnp.zeros((1, 64, 576), jnp.bfloat16), *map(jnp.asarray, ([[0]], [5]))
+    with pytest.raises(NotImplementedError, match="needs a CUDA GPU|jax>="):
+        mla_decode(*arguments, scale=1.0, implementation="mosaic_gpu")
