@@ -13,6 +13,20 @@ BACKENDS = {
 }
 
 
+@jax.custom_vjp
+def _without_gradient(arrays):
+    return arrays
+
+
+def _refuse(arrays):
+    raise NotImplementedError(
+        "mla_decode has no gradient: it decodes; whalejax.kernels.attention has one"
+    )
+
+
+_without_gradient.defvjp(_refuse, _refuse)
+
+
 def mla_decode(
     q: jax.Array,
     kv_pages: jax.Array,
@@ -48,7 +62,8 @@ def mla_decode(
 
     Raises:
       ValueError: shapes or dtypes do not fit; prints them.
-      NotImplementedError: the implementation that was named cannot run; says why.
+      NotImplementedError: the implementation that was named cannot run, or a gradient is taken;
+        says why.
 
     Source: FlashMLA's interface; the absorbed form is DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
@@ -69,6 +84,7 @@ def mla_decode(
         raise ValueError(
             f"mla_decode: q.dtype={q.dtype} and kv_pages.dtype={kv_pages.dtype} differ"
         )
+    q, kv_pages = _without_gradient((q, kv_pages))
     backend = choose("mla_decode", BACKENDS, implementation, q, kv_pages, v_dim)
     if implementation and (reason := unusable(BACKENDS[implementation])):
         raise NotImplementedError(f"mla_decode: {implementation!r} cannot run: {reason}")

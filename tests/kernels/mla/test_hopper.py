@@ -1,13 +1,17 @@
 """The MLA decode kernel: interpreted on the CPU, or run as it is where there is a Hopper GPU."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable
-from whalejax.kernels.mla import hopper
+from whalejax.kernels.mla import hopper, plan_mla_decode
 from whalejax.kernels.testing import assert_rows_close
 
 pytestmark = pytest.mark.skipif(mosaic_unusable() is not None, reason=str(mosaic_unusable()))
@@ -18,22 +22,34 @@ ON_GPU = jax.default_backend() == "gpu"
 def run(monkeypatch):
     """Runs a function with its kernels: on a GPU if there is one, else interpreted."""
     if ON_GPU:
-        yield jax.jit
+        yield run_on_gpu
         return
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     monkeypatch.setattr(mosaic, "num_sms", lambda: 3)
 
-    def call(function):
+    def call(function, *, detect_races=False):
         def compiled(*arguments):
-            with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+            params = plgpu.InterpretGPUParams(detect_races=detect_races)
+            with plgpu.force_gpu_interpret_mode(params):
                 return jax.block_until_ready(jax.jit(lambda *a: function(*a))(*arguments))
 
         return compiled
 
     yield call
     gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def run_on_gpu(function, *, detect_races=False):
+    if detect_races:
+        pytest.skip("races are looked for by the interpreter")
+    return jax.jit(function)
+
+
+def decode(v_dim, causal=True):
+    return functools.partial(
+        hopper.mla_decode, v_dim=v_dim, scale=(v_dim + 64) ** -0.5, causal=causal
+    )
 
 
 def draw(lengths, *, s_q=1, heads=16, v_dim=128, page_size=64, dtype=jnp.bfloat16):
@@ -93,9 +109,56 @@ def truth(q, pages, table, lengths, v_dim, scale, causal):
 def test_equals_numpy_float64(run, lengths, sizes, causal):
     q, pages, table, lengths = draw(lengths, **sizes)
     v_dim, scale = q.shape[3] - 64, q.shape[3] ** -0.5
-    attend = run(lambda *a: hopper.mla_decode(*a, v_dim=v_dim, scale=scale, causal=causal))
-    out, lse = attend(q, pages, table, lengths)
+    out, lse = run(decode(v_dim, causal))(q, pages, table, lengths)
     expected, expected_lse = truth(q, pages, table, lengths, v_dim, scale, causal)
     # weights are rounded to the cache's dtype, and so is the output
     assert_rows_close(out, expected, tolerance=5e-3)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_runs_are_identical(run):
+    arguments = draw([70, 300], s_q=2)
+    first = run(decode(128))(*arguments)
+    for _ in range(20 if ON_GPU else 1):
+        jax.tree.map(np.testing.assert_array_equal, run(decode(128))(*arguments), first)
+
+
+def test_a_plan_that_is_given_is_followed(run):
+    q, pages, table, lengths = draw([70, 300])
+    plan = plan_mla_decode(lengths, workers=2)
+    out, lse = run(lambda *a: decode(128)(*a, plan=plan))(q, pages, table, lengths)
+    expected, expected_lse = truth(q, pages, table, lengths, 128, 192**-0.5, True)
+    assert_rows_close(out, expected, tolerance=5e-3)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_there_are_no_races(run, capfd, monkeypatch):
+    """Arrivals are fenced here, in the interpreter's memory model alone; see the FP8 kernels'."""
+    arrive = plgpu.barrier_arrive
+
+    def fence_and_arrive(barrier, **options):
+        plgpu.commit_smem()
+        arrive(barrier, **options)
+
+    monkeypatch.setattr(plgpu, "barrier_arrive", fence_and_arrive)
+    run(decode(128), detect_races=True)(*draw([70, 200, 0], s_q=2, heads=5))
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("v_dim", "heads", "s_q", "dtype"),
+    [(512, 128, 1, "bfloat16"), (512, 16, 8, "float16"), (256, 3, 1, "bfloat16")],
+    ids=str,
+)
+def test_lowers_for_cuda(v_dim, heads, s_q, dtype):
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((4, s_q, heads, v_dim + 64), dtype),
+            ((9, 64, v_dim + 64), dtype),
+            ((4, 2), jnp.int32),
+            ((4,), jnp.int32),
+        )
+    ]
+    lowered = jax.jit(decode(v_dim)).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert len(re.findall(r"custom_call @mosaic_gpu", lowered.as_text())) == 2

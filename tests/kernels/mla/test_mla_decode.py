@@ -101,3 +101,9 @@ def test_a_named_kernel_says_why_it_cannot_run():
     arguments = q, jnp.zeros((1, 64, 576), jnp.bfloat16), *map(jnp.asarray, ([[0]], [5]))
     with pytest.raises(NotImplementedError, match="needs a CUDA GPU|jax>="):
         mla_decode(*arguments, scale=1.0, implementation="mosaic_gpu")
+
+
+def test_a_gradient_is_refused():
+    q, *rest, _ = draw([3, 9])
+    with pytest.raises(NotImplementedError, match="mla_decode has no gradient"):
+        jax.grad(lambda q: mla_decode(q, *rest, v_dim=V, scale=1.0)[0].sum())(q)
