@@ -60,19 +60,19 @@ def mla_decode(
         s_q=s_q,
         heads=heads,
         v_dim=v_dim,
-        pieces=plan.pieces.shape[0],
+        workers=plan.bounds.shape[0] - 1,
         page_blocks=kv_pages.shape[1] // BLOCK,
         scale=scale,
         causal=causal,
         dtype=q.dtype,
     )
     rows, blocks = q.reshape(batch, s_q * heads, d), kv_pages.reshape(-1, BLOCK, d)
-    plan, rows, blocks, table = mosaic.unvarying((plan, rows, blocks, page_table))
-    attend = build(p, plan.starts.shape[0] - 1)
-    out, lse, *parts = attend(plan.starts, plan.pieces, table, rows, blocks)
+    arguments = plan.bounds, lengths, page_table, rows, blocks
+    bounds, *arguments = mosaic.unvarying(arguments)
+    out, lse, *parts = build(p)(bounds, *arguments)
     out, lse = jax.new_ref(out), jax.new_ref(lse)
-    merge = build_merge(p, plan.cut.shape[0])
-    merge(plan.cut, plan.first_piece, *parts, out, lse)
+    if p.workers > 1:  # else nothing can be cut
+        build_merge(p)(bounds, *parts, out, lse)
     out = jax.freeze(out)[:, : s_q * heads].reshape(batch, s_q, heads, v_dim)
     lse = jax.freeze(lse).reshape(batch, -1)[:, : s_q * heads].reshape(batch, s_q, heads)
     return out, lse.transpose(0, 2, 1)

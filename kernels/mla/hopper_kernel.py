@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from whalejax.kernels.mla.plan import BLOCK, BLOCKS, CUT, FIRST, KEYS, SEQUENCE
+from whalejax.kernels.mla.plan import BLOCK, FIRST, SEQUENCE, num_blocks
 from whalejax.kernels.mosaic import interpreted, transforms
 
 F32 = jnp.float32
@@ -50,7 +50,7 @@ class Problem:
       batch: sequences.
       s_q, heads: new tokens of each, and heads of each token.
       v_dim: width of the values; keys have `ROPE` columns more.
-      pieces: most that a plan can have.
+      workers: that a plan is for.
       page_blocks: blocks of 64 keys in a page.
       scale: on the scores.
       causal: whether a new token sees no later one.
@@ -61,7 +61,7 @@ class Problem:
     s_q: int
     heads: int
     v_dim: int
-    pieces: int
+    workers: int
     page_blocks: int
     scale: float
     causal: bool
@@ -89,8 +89,8 @@ class Refs(NamedTuple):
       FACTORS: of rows: what each block scales the output with; at last, of a piece, 1 / sum.
     """
 
-    starts: Any
-    pieces: Any
+    bounds: Any
+    lengths: Any
     table: Any
     q: Any
     kv: Any
@@ -112,15 +112,15 @@ class Refs(NamedTuple):
     read: Any  # by the scorer: a slot's keys are
 
 
-def build(p: Problem, workers: int):
-    """The kernel as a function of a plan's starts and pieces, the table of pages, q and keys.
+def build(p: Problem):
+    """The kernel as a function of a plan's bounds, lengths, the table of pages, q and keys.
 
     q is `[b, s_q * heads, d]`, keys are `[blocks, 64, d]`.
 
     Returns:
       `out [b, tiles * 64, v_dim]` and `lse f32[b, tiles, 64]` of sequences that are not cut; of the
-      pieces of others `f32[pieces, tiles, 64, v_dim]` and, as base-2 logarithms, `NEVER` where a
-      row sees no key, `f32[pieces, tiles, 64]`.
+      pieces of others `f32[2 * workers, tiles, 64, v_dim]` and, as base-2 logarithms, `NEVER` where
+      a row sees no key, `f32[2 * workers, tiles, 64]`; see `Piece.part`.
     """
 
     def body(*refs):
@@ -148,8 +148,8 @@ def build(p: Problem, workers: int):
         out_type=[
             jax.ShapeDtypeStruct((p.batch, p.tiles * ROWS, p.v_dim), p.dtype),
             jax.ShapeDtypeStruct((p.batch, p.tiles, ROWS), F32),
-            jax.ShapeDtypeStruct((p.pieces, p.tiles, ROWS, p.v_dim), F32),
-            jax.ShapeDtypeStruct((p.pieces, p.tiles, ROWS), F32),
+            jax.ShapeDtypeStruct((2 * p.workers, p.tiles, ROWS, p.v_dim), F32),
+            jax.ShapeDtypeStruct((2 * p.workers, p.tiles, ROWS), F32),
         ],
         scratch_types=[
             in_ring((SLOTS, BLOCK, left)),
@@ -165,7 +165,7 @@ def build(p: Problem, workers: int):
             barrier(num_arrivals=1, num_barriers=2),
             barrier(num_arrivals=1, num_barriers=SLOTS),
         ],
-        grid=(workers * p.tiles,),
+        grid=(p.workers * p.tiles,),
         grid_names=("cta",),
         num_threads=3,
         thread_name="wg",
@@ -180,41 +180,64 @@ def build(p: Problem, workers: int):
 
 
 class Step(NamedTuple):
-    """What a slot is filled with: queries of a piece, where `block` is -1, or one of its blocks."""
+    """What fills a slot: a sequence's queries, where `block` is -1, or a block of its keys."""
 
-    piece: Any
+    sequence: Any
     block: Any
+
+
+class Piece(NamedTuple):
+    """What a worker has of a sequence: blocks `first` to `last` of its `length` keys.
+
+    Attributes:
+      part: where it leaves its result if the sequence is cut: a worker has one piece at most that
+        does not begin with the first block, and one that does and does not end with the last.
+      cut: whether it is.
+    """
+
+    first: Any
+    last: Any
+    length: Any
+    part: Any
+    cut: Any
 
 
 class Warpgroup:
     """What scorer and accumulators share: a worker's steps, and how a step is loaded."""
 
     def __init__(self, p: Problem, refs: Refs, worker: jax.Array, tile: jax.Array):
-        self.p, self.refs, self.tile = p, refs, tile
-        self.first, self.last = refs.starts[worker], refs.starts[worker + 1]
+        self.p, self.refs, self.worker, self.tile = p, refs, worker, tile
+        self.begin = refs.bounds[worker, SEQUENCE], refs.bounds[worker, FIRST]
+        self.end = refs.bounds[worker + 1, SEQUENCE], refs.bounds[worker + 1, FIRST]
+        self.stop = self.end[0] + (self.end[1] > 0).astype(jnp.int32)  # behind its last sequence
 
-    def piece(self, i: jax.Array, field: int) -> jax.Array:
-        """A field of a piece."""
-        return self.refs.pieces[jnp.minimum(i, self.p.pieces - 1), field]
+    def piece(self, sequence: jax.Array) -> Piece:
+        """The worker's piece of a sequence."""
+        length = self.refs.lengths[jnp.minimum(sequence, self.p.batch - 1)]
+        blocks = num_blocks(length)
+        first = jnp.where(sequence == self.begin[0], self.begin[1], 0)
+        last = jnp.where(sequence == self.end[0], self.end[1], blocks)
+        part = 2 * self.worker + (first == 0).astype(jnp.int32)
+        return Piece(first, last, length, part, (first > 0) | (last < blocks))
 
     def first_step(self) -> Step:
-        """The first piece's queries."""
-        return Step(self.first, jnp.int32(-1))
+        """The first sequence's queries."""
+        return Step(self.begin[0], jnp.int32(-1))
 
     def next_step(self, step: Step) -> Step:
         """The step after one; past the last piece, those of no piece."""
-        more = step.block + 1 < self.piece(step.piece, BLOCKS)
-        piece = jnp.where(more, step.piece, step.piece + 1)
-        return Step(piece, jnp.where(more, step.block + 1, -1))
+        piece = self.piece(step.sequence)
+        block = jnp.where(step.block < 0, piece.first, step.block + 1)
+        more = block < piece.last
+        return Step(jnp.where(more, step.sequence, step.sequence + 1), jnp.where(more, block, -1))
 
     def load(self, step: Step, columns: Any, target: Any, barrier: Any) -> None:
         """Starts to load columns of a step's keys or queries, if there is such a step."""
-        p, real = self.p, step.piece < self.last
-        sequence = self.piece(step.piece, SEQUENCE)
+        p, (sequence, block) = self.p, step
+        real = sequence < self.stop
 
         @pl.when(real & (step.block >= 0))
         def _keys():
-            block = self.piece(step.piece, FIRST) + step.block
             page = self.refs.table[sequence, lax.div(block, p.page_blocks)]
             number = page * p.page_blocks + lax.rem(block, p.page_blocks)
             plgpu.copy_gmem_to_smem(self.refs.kv.at[number, :, columns], target, barrier)
@@ -243,18 +266,19 @@ class Accumulator(Warpgroup):
             ahead = self.next_step(ahead)
         plgpu.barrier_arrive(self.refs.taken)
 
-        def piece(i, carry):
-            g, ahead = carry
+        def piece(sequence, carry):
+            (g, ahead), own = carry, self.piece(sequence)
             slot = lax.rem(g, SLOTS)
             plgpu.barrier_wait(self.refs.scored.at[slot])
             self.refill(ahead, slot)
             plgpu.barrier_wait(self.refs.read.at[lax.rem(g + 1, SLOTS)])
             start = g + 1, self.next_step(ahead), self.zeros()
-            g, ahead, acc = lax.fori_loop(0, self.piece(i, BLOCKS), self.block(i), start)
-            self.store(i, acc)
+            body = self.block(own.length)
+            g, ahead, acc = lax.fori_loop(own.first, own.last, body, start)
+            self.store(sequence, own, acc)
             return g, ahead
 
-        lax.fori_loop(self.first, self.last, piece, (0, ahead))
+        lax.fori_loop(self.begin[0], self.stop, piece, (0, ahead))
 
     def zeros(self):
         """The output's accumulators."""
@@ -264,13 +288,12 @@ class Accumulator(Warpgroup):
         """Loads a step into a slot that was read."""
         self.load(step, self.columns, self.ring.at[slot], self.refs.full.at[slot])
 
-    def block(self, i):
-        """The loop's body over the blocks of piece i."""
-        keys = self.piece(i, KEYS)
+    def block(self, length):
+        """The loop's body over the blocks of a sequence of so many keys."""
 
         def step(j, carry):
             g, ahead, acc = carry
-            slot, left = lax.rem(g, SLOTS), keys - j * BLOCK
+            slot, left = lax.rem(g, SLOTS), length - j * BLOCK
             plgpu.barrier_wait(self.refs.scored.at[slot])
             factor = plgpu.load(self.refs.FACTORS.at[slot], layout=BY_ROW)
             acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
@@ -292,22 +315,22 @@ class Accumulator(Warpgroup):
             part[...] = jnp.where(row < keys, values, jnp.zeros((), values.dtype))
         plgpu.commit_smem()
 
-    def store(self, i, acc):
+    def store(self, sequence, piece, acc):
         """Stores a piece: as the output if its sequence is not cut, else as a part of it."""
-        parity = lax.rem(i - self.first, 2)
+        parity = lax.rem(sequence - self.begin[0], 2)
         plgpu.barrier_wait(self.refs.finished.at[parity])
         inverse = plgpu.load(self.refs.FACTORS.at[SLOTS + parity], layout=BY_ROW)
         acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
 
-        @pl.when(self.piece(i, CUT) == 0)
+        @pl.when(~piece.cut)
         def _whole():
             rows = pl.ds(self.tile * ROWS, ROWS)
-            out = self.refs.out.at[self.piece(i, SEQUENCE), rows, self.columns]
+            out = self.refs.out.at[sequence, rows, self.columns]
             out[...] = acc.astype(self.p.dtype)
 
-        @pl.when(self.piece(i, CUT) != 0)
+        @pl.when(piece.cut)
         def _part():
-            self.refs.parts.at[i, self.tile, :, self.columns][...] = acc
+            self.refs.parts.at[piece.part, self.tile, :, self.columns][...] = acc
 
 
 def add_product(acc, x, w):
@@ -333,7 +356,7 @@ class Scorer(Warpgroup):
         ahead = self.first_step()
         self.load_tail(ahead)
         start = 0, self.next_step(ahead)
-        g, _ = lax.fori_loop(self.first, self.last, self.score_piece, start)
+        g, _ = lax.fori_loop(self.begin[0], self.stop, self.score_piece, start)
         plgpu.barrier_arrive(self.refs.read.at[lax.rem(g, SLOTS)])
         plgpu.barrier_wait(self.refs.taken)  # by the last block
 
@@ -342,9 +365,9 @@ class Scorer(Warpgroup):
         columns = pl.ds(self.p.v_dim, ROPE)
         self.load(step, columns, self.refs.TAIL, self.refs.tail_full)
 
-    def score_piece(self, i, carry):
-        """Scores all blocks of piece i."""
-        refs, (g, ahead) = self.refs, carry
+    def score_piece(self, sequence, carry):
+        """Scores all blocks of the worker's piece of a sequence."""
+        refs, (g, ahead), piece = self.refs, carry, self.piece(sequence)
         slot = lax.rem(g, SLOTS)
         plgpu.barrier_arrive(refs.read.at[slot], predicate=g > 0)
         plgpu.barrier_wait(refs.full.at[slot])
@@ -354,22 +377,22 @@ class Scorer(Warpgroup):
         self.load_tail(ahead)
 
         start = g + 1, self.next_step(ahead), by_row(NEVER), by_row(0)
-        body = self.block(i, queries)
-        g, ahead, top, total = lax.fori_loop(0, self.piece(i, BLOCKS), body, start)
+        body = self.block(piece.length, queries)
+        g, ahead, top, total = lax.fori_loop(piece.first, piece.last, body, start)
         seen = total > 0
-        parity = lax.rem(i - self.first, 2)
+        parity = lax.rem(sequence - self.begin[0], 2)
         refs.FACTORS.at[SLOTS + parity][...] = jnp.where(seen, 1 / total, 0.0)
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.finished.at[parity])
 
-        @pl.when(self.piece(i, CUT) == 0)
+        @pl.when(~piece.cut)
         def _whole():
-            refs.lse.at[self.piece(i, SEQUENCE), self.tile][...] = natural(top, total)
+            refs.lse.at[sequence, self.tile][...] = natural(top, total)
 
-        @pl.when(self.piece(i, CUT) != 0)
+        @pl.when(piece.cut)
         def _part():
             sums = jnp.where(seen, top + jnp.log2(total), NEVER)
-            refs.part_lse.at[i, self.tile][...] = sums
+            refs.part_lse.at[piece.part, self.tile][...] = sums
 
         return g, ahead
 
@@ -387,15 +410,15 @@ class Scorer(Warpgroup):
         plgpu.commit_smem()
         return queries
 
-    def block(self, i, queries):
-        """The loop's body over the blocks of piece i."""
+    def block(self, length, queries):
+        """The loop's body over the blocks of a sequence of so many keys."""
         p, refs = self.p, self.refs
-        keys, factor = self.piece(i, KEYS), p.scale * math.log2(math.e)
+        factor = p.scale * math.log2(math.e)
         hidden = p.s_q - 1 if p.causal else 0  # from the first new token
 
         def step(j, carry):
             g, ahead, top, total = carry
-            slot, left = lax.rem(g, SLOTS), keys - j * BLOCK
+            slot, left = lax.rem(g, SLOTS), length - j * BLOCK
             plgpu.barrier_wait(refs.full.at[slot])
             scores = self.scores(slot, queries)
             plgpu.barrier_arrive(refs.read.at[slot])

@@ -12,28 +12,33 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.mla.hopper_kernel import BY_ROW, F32, REAL, ROWS, Problem, by_row, natural
+from whalejax.kernels.mla.plan import CUTS, SEQUENCE
 from whalejax.kernels.mosaic import compiler_params
 
 COLUMNS = 32
 
 
-def build(p: Problem, most: int) -> Any:
-    """The kernel as a function of a plan's `cut` and `first_piece`, parts and their sums.
+def build(p: Problem) -> Any:
+    """The kernel as a function of a plan's bounds, parts and their sums.
 
     Two more arguments, mutable arrays, are the output and its sums, of which it writes what belongs
-    to at `most` so many sequences that are cut.
+    to sequences that are cut. A sequence is merged where it is cut for the first time.
     """
 
-    def body(cut, first_piece, parts, part_lse, out, lse):
+    def body(bounds, parts, part_lse, out, lse):
         tile, chunk = lax.axis_index("tile"), lax.axis_index("chunk")
-        sequence = cut[lax.axis_index("cut")]
+        worker = lax.axis_index("cut")  # in front of the cut
+        sequence, cuts = bounds[worker + 1, SEQUENCE], bounds[worker + 1, CUTS]
+        again = (bounds[worker, SEQUENCE] == sequence) & (bounds[worker, CUTS] > 0)
 
-        @pl.when(sequence >= 0)
+        @pl.when((cuts > 0) & ~again)
         def _merge():
             columns = pl.ds(chunk * COLUMNS, COLUMNS)
 
             def piece(i, carry):
                 top, total, acc = carry
+                # each worker's piece that does not begin with the first block, see `Piece.part`
+                i = 2 * (worker + i) + (i == 0).astype(jnp.int32)
                 sums = plgpu.load(part_lse.at[i, tile], layout=BY_ROW, optimized=False)
                 raised = jnp.maximum(top, sums)
                 base = jnp.where(raised > REAL, raised, 0.0)
@@ -45,8 +50,7 @@ def build(p: Problem, most: int) -> Any:
 
             acc = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), F32), plgpu.Layout.WGMMA)
             start = by_row(2 * REAL), by_row(0), acc
-            first, last = first_piece[sequence], first_piece[sequence + 1]
-            top, total, acc = lax.fori_loop(first, last, piece, start)
+            top, total, acc = lax.fori_loop(0, cuts + 1, piece, start)
             inverse = jnp.where(total > 0, 1 / total, 0.0)
             rows = pl.ds(tile * ROWS, ROWS)
             merged = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
@@ -59,7 +63,7 @@ def build(p: Problem, most: int) -> Any:
     return plgpu.kernel(
         body,
         out_type=(),
-        grid=(most, p.tiles, p.v_dim // COLUMNS),
+        grid=(p.workers - 1, p.tiles, p.v_dim // COLUMNS),
         grid_names=("cut", "tile", "chunk"),
         kernel_name="mla_merge",
         compiler_params=compiler_params(),

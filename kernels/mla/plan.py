@@ -1,9 +1,9 @@
 """Who attends to what in paged decode: sequences of different lengths, shared out evenly.
 
-Sequences are laid end to end, each as many cells long as it has blocks, behind a few cells for what
-a piece costs beside its blocks. This line is cut into equal stretches, one for each worker. A
-sequence that is cut becomes several pieces, whose results are merged afterwards. FlashMLA's
-scheduler does the same one sequence after another; here everything follows from sums.
+Sequences are laid end to end, each as many cells long as it has blocks of keys, behind a few cells
+for what a piece costs beside its blocks. This line is cut into equal stretches, one for each
+worker. A sequence that is cut becomes several pieces, whose results are merged afterwards.
+FlashMLA's scheduler does the same, one sequence after another.
 """
 
 import dataclasses
@@ -13,29 +13,21 @@ import jax.numpy as jnp
 
 BLOCK = 64  # keys that a worker takes at a time; a page is one or two blocks
 PIECE_CELLS = 2  # what a piece costs beside its blocks, in their time
+SEQUENCE, FIRST, CUTS = range(3)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The pieces of a batch, in the order of sequences and, in each, of keys.
+    """Where a batch is cut.
 
     Attributes:
-      pieces: `i32[pieces, 5]`: its sequence, first block of 64 keys, blocks (none where a sequence
-        has no keys), the sequence's keys from there on, and whether the sequence is cut. Pieces
-        past the last one have no worker.
-      starts: `i32[workers + 1]`, each worker's first piece; it has those up to the next one's.
-      first_piece: `i32[b + 1]`, each sequence's first piece.
-      cut: `i32[min(b, workers - 1)]`, or one: the sequences that are cut, then -1.
+      bounds: `i32[workers + 1, 3]`. Worker w has what lies between row w and row w + 1, each a
+        sequence and a block of 64 keys in it. Where that block is not the first, a third number
+        says how many cuts the sequence has; elsewhere it is 0.
     """
 
-    pieces: jax.Array
-    starts: jax.Array
-    first_piece: jax.Array
-    cut: jax.Array
-
-
-SEQUENCE, FIRST, BLOCKS, KEYS, CUT = range(5)
+    bounds: jax.Array
 
 
 def plan_mla_decode(lengths: jax.Array, *, workers: int) -> Plan:
@@ -48,7 +40,7 @@ def plan_mla_decode(lengths: jax.Array, *, workers: int) -> Plan:
       workers: that attend at the same time.
 
     Returns:
-      `Plan` of `b + workers - 1` pieces at most.
+      `Plan`.
 
     Raises:
       ValueError: sizes or dtypes do not fit; prints them.
@@ -61,44 +53,21 @@ def plan_mla_decode(lengths: jax.Array, *, workers: int) -> Plan:
         )
     if workers < 1:
         raise ValueError(f"plan_mla_decode: workers={workers} must be at least 1")
-    batch, lengths = lengths.shape[0], jnp.maximum(lengths, 0)
-    blocks = (lengths + BLOCK - 1) // BLOCK
+    blocks = num_blocks(lengths)
     ends = jnp.cumsum(blocks + PIECE_CELLS, dtype=jnp.int32)
     stretch = (ends[-1] + workers - 1) // workers
-    begin = ends - blocks  # of a sequence's blocks: no cut falls in the cells before them
-    # cuts inside of a sequence: multiples of the stretch strictly between its blocks
-    first_cut = begin // stretch + 1
-    cuts = jnp.maximum((ends + stretch - 1) // stretch - first_cut, 0)
-    last_piece = jnp.cumsum(cuts + 1, dtype=jnp.int32)
-    first_piece = last_piece - cuts - 1
-
-    piece = jnp.arange(batch + workers - 1, dtype=jnp.int32)
-    sequence = jnp.sum(piece[:, None] >= last_piece[None], axis=1, dtype=jnp.int32)
-    real, sequence = sequence < batch, jnp.minimum(sequence, batch - 1)
-    number = piece - first_piece[sequence]
-    cut = first_cut[sequence] + number  # that ends the piece
-    head = jnp.where(number == 0, 0, (cut - 1) * stretch - begin[sequence])
-    tail = jnp.where(number == cuts[sequence], blocks[sequence], cut * stretch - begin[sequence])
-    worker = jnp.where(number == 0, jnp.minimum(begin[sequence] // stretch, workers - 1), cut - 1)
-    worker = jnp.where(real, worker, workers)
-    starts = jnp.sum(
-        worker[None] < jnp.arange(workers + 1, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32
-    )
-    size = jnp.where(real, tail - head, 0)
-    split = (cuts[sequence] > 0).astype(jnp.int32)
-    keys = lengths[sequence] - head * BLOCK
-    pieces = jnp.stack([sequence, head, size, keys, split], axis=1)
-    return Plan(
-        pieces=pieces,
-        starts=starts,
-        first_piece=jnp.append(first_piece, last_piece[-1:]),
-        cut=_cut(cuts > 0, max(min(batch, workers - 1), 1)),
-    )
+    cell = jnp.arange(workers + 1, dtype=jnp.int32) * stretch
+    passed = ends[None] <= cell[:, None]
+    sequence = jnp.sum(passed, axis=1, dtype=jnp.int32)
+    # cells of the sequences before; what is no block of this one lies in front of its first
+    before = jnp.max(jnp.where(passed, ends[None], 0), axis=1)
+    first = jnp.maximum(cell - before - PIECE_CELLS, 0)
+    first = jnp.where(sequence < lengths.shape[0], first, 0)
+    same = (sequence[:, None] == sequence[None]) & (first[None] > 0)
+    cuts = jnp.where(first > 0, jnp.sum(same, axis=1, dtype=jnp.int32), 0)
+    return Plan(jnp.stack([sequence, first, cuts], axis=1))
 
 
-def _cut(is_cut, most):
-    """The numbers of those that are, then -1."""
-    up_to = jnp.cumsum(is_cut, dtype=jnp.int32)
-    number = jnp.arange(most, dtype=jnp.int32)
-    found = jnp.sum(up_to[None] <= number[:, None], axis=1, dtype=jnp.int32)
-    return jnp.where(number < up_to[-1], found, -1)
+def num_blocks(lengths: jax.Array) -> jax.Array:
+    """Blocks of sequences of these lengths."""
+    return jax.lax.div(jnp.maximum(lengths, 0) + BLOCK - 1, BLOCK)

@@ -7,16 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whalejax.kernels.mla.plan import (
-    BLOCK,
-    BLOCKS,
-    CUT,
-    FIRST,
-    KEYS,
-    PIECE_CELLS,
-    SEQUENCE,
-    plan_mla_decode,
-)
+from whalejax.kernels.mla.plan import BLOCK, PIECE_CELLS, plan_mla_decode
 
 LENGTHS = st.sampled_from([1, 3, 16]).flatmap(
     lambda batch: st.lists(
@@ -25,6 +16,7 @@ LENGTHS = st.sampled_from([1, 3, 16]).flatmap(
         max_size=batch,
     )
 )
+WORKERS = st.sampled_from([1, 7, 132])
 
 
 @functools.partial(jax.jit, static_argnames="workers")
@@ -33,52 +25,53 @@ def compiled(lengths, workers):
 
 
 def make(lengths, workers):
-    return jax.tree.map(np.asarray, compiled(jnp.array(lengths, jnp.int32), workers))
+    """The bounds of a plan, and each worker's pieces as (sequence, first block, last)."""
+    bounds = np.asarray(compiled(jnp.array(lengths, jnp.int32), workers).bounds)
+    blocks, pieces = [-(-n // BLOCK) for n in lengths], []
+    for (s0, b0, _), (s1, b1, _) in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        own = [(s, b0 if s == s0 else 0, blocks[s]) for s in range(s0, s1)]
+        if b1:
+            own.append((s1, b0 if s1 == s0 else 0, b1))
+        pieces.append(own)
+    return bounds, pieces
 
 
-def pieces_of(plan, worker):
-    return plan.pieces[plan.starts[worker] : plan.starts[worker + 1]]
-
-
-@settings(max_examples=100, derandomize=True, deadline=None)
-@given(lengths=LENGTHS, workers=st.sampled_from([1, 7, 132]))
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(lengths=LENGTHS, workers=WORKERS)
 def test_every_block_is_in_one_piece_of_one_worker(lengths, workers):
-    plan = make(lengths, workers)
-    assert plan.starts[0] == 0 and (np.diff(plan.starts) >= 0).all()
-    assert plan.starts[-1] == plan.first_piece[-1] <= len(lengths) + workers - 1
-    for s, length in enumerate(lengths):
-        pieces = plan.pieces[plan.first_piece[s] : plan.first_piece[s + 1]]
-        assert (pieces[:, SEQUENCE] == s).all() and (pieces[:, CUT] == (len(pieces) > 1)).all()
-        ends = np.cumsum(pieces[:, BLOCKS])
-        assert pieces[:, FIRST].tolist() == [0, *ends[:-1]] and ends[-1] == -(-length // BLOCK)
-        assert (pieces[:, KEYS] == length - pieces[:, FIRST] * BLOCK).all()
-        assert (s in plan.cut) == (len(pieces) > 1)
+    _, pieces = make(lengths, workers)
+    by_sequence = [[] for _ in lengths]
+    for sequence, first, last in (piece for own in pieces for piece in own):
+        by_sequence[sequence].append((first, last))
+    for length, parts in zip(lengths, by_sequence, strict=True):
         # a sequence without keys is a piece of its own, and no other piece is empty
-        assert len(pieces) == 1 or pieces[:, BLOCKS].min() > 0
+        edges = [0, *(last for _, last in parts)]
+        assert [first for first, _ in parts] == edges[:-1] and edges[-1] == -(-length // BLOCK)
+        assert len(parts) == 1 or all(first < last for first, last in parts)
 
 
-@settings(max_examples=50, derandomize=True, deadline=None)
-@given(lengths=LENGTHS, workers=st.sampled_from([1, 7, 132]))
-def test_sequences_that_are_cut_come_first(lengths, workers):
-    cut = make(lengths, workers).cut
-    count = (cut >= 0).sum()
-    assert (np.diff(cut[:count]) > 0).all() and (cut[count:] == -1).all()
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(lengths=LENGTHS, workers=WORKERS)
+def test_no_worker_has_more_than_its_share(lengths, workers):
+    share = -(-sum(-(-n // BLOCK) + PIECE_CELLS for n in lengths) // workers)
+    for own in make(lengths, workers)[1]:
+        # one piece's own cells may lie in the stretch before
+        blocks = sum(last - first for _, first, last in own)
+        assert blocks + PIECE_CELLS * (len(own) - 1) <= share
 
 
 @settings(max_examples=100, derandomize=True, deadline=None)
-@given(lengths=LENGTHS, workers=st.sampled_from([1, 7, 132]))
-def test_no_worker_has_more_than_its_share(lengths, workers):
-    plan = make(lengths, workers)
-    share = -(-sum(-(-n // BLOCK) + PIECE_CELLS for n in lengths) // workers)
-    for worker in range(workers):
-        blocks = pieces_of(plan, worker)[:, BLOCKS]
-        # one piece's own cells may lie in the stretch before
-        assert blocks.sum() + PIECE_CELLS * (len(blocks) - 1) <= share
+@given(lengths=LENGTHS, workers=WORKERS)
+def test_cuts_are_counted(lengths, workers):
+    bounds, pieces = make(lengths, workers)
+    parts = np.bincount([s for own in pieces for s, *_ in own], minlength=len(lengths))
+    for sequence, first, cuts in bounds:
+        assert cuts == (parts[sequence] - 1 if first else 0)
 
 
 def test_equal_sequences_that_fill_the_workers_are_not_cut():
-    plan = make([4096] * 66, 66)
-    assert plan.starts.tolist() == list(range(67)) and not plan.pieces[:66, CUT].any()
+    bounds, _ = make([4096] * 66, 66)
+    assert bounds.tolist() == [[s, 0, 0] for s in range(67)]
 
 
 @pytest.mark.parametrize(
