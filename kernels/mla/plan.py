@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 BLOCK = 64  # keys that a worker takes at a time; a page is one or two blocks
 PIECE_CELLS = 2  # what a piece costs beside its blocks, in their time
+FEW = 1024
 SEQUENCE, FIRST, CUTS = range(3)
 
 
@@ -53,19 +54,25 @@ def plan_mla_decode(lengths: jax.Array, *, workers: int) -> Plan:
         )
     if workers < 1:
         raise ValueError(f"plan_mla_decode: workers={workers} must be at least 1")
-    blocks = num_blocks(lengths)
-    ends = jnp.cumsum(blocks + PIECE_CELLS, dtype=jnp.int32)
+    ends = cumsum(num_blocks(lengths) + PIECE_CELLS)
     stretch = (ends[-1] + workers - 1) // workers
     cell = jnp.arange(workers + 1, dtype=jnp.int32) * stretch
     passed = ends[None] <= cell[:, None]
     sequence = jnp.sum(passed, axis=1, dtype=jnp.int32)
-    # cells of the sequences before; what is no block of this one lies in front of its first
     before = jnp.max(jnp.where(passed, ends[None], 0), axis=1)
-    first = jnp.maximum(cell - before - PIECE_CELLS, 0)
-    first = jnp.where(sequence < lengths.shape[0], first, 0)
-    same = (sequence[:, None] == sequence[None]) & (first[None] > 0)
-    cuts = jnp.where(first > 0, jnp.sum(same, axis=1, dtype=jnp.int32), 0)
-    return Plan(jnp.stack([sequence, first, cuts], axis=1))
+    begin = before + PIECE_CELLS  # no cut falls into the cells in front of a sequence's blocks
+    end = jnp.min(jnp.where(passed, ends[-1], ends[None]), axis=1)
+    first = jnp.where(sequence < lengths.shape[0], jnp.maximum(cell - begin, 0), 0)
+    cuts = (end + stretch - 1) // stretch - (begin // stretch + 1)
+    return Plan(jnp.stack([sequence, first, jnp.where(first > 0, cuts, 0)], axis=1))
+
+
+def cumsum(x: jax.Array) -> jax.Array:
+    """Sums up to each number; for few of them in one kernel, where XLA takes two."""
+    if x.shape[0] > FEW:
+        return jnp.cumsum(x, dtype=x.dtype)
+    number = jnp.arange(x.shape[0], dtype=jnp.int32)
+    return jnp.sum(jnp.where(number[None] <= number[:, None], x[None], 0), axis=1, dtype=x.dtype)
 
 
 def num_blocks(lengths: jax.Array) -> jax.Array:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whalejax.kernels.mla.plan import BLOCK, PIECE_CELLS, plan_mla_decode
+from whalejax.kernels.mla import plan
+from whalejax.kernels.mla.plan import BLOCK, PIECE_CELLS, cumsum, plan_mla_decode
 
 LENGTHS = st.sampled_from([1, 3, 16]).flatmap(
     lambda batch: st.lists(
@@ -67,6 +68,14 @@ def test_cuts_are_counted(lengths, workers):
     parts = np.bincount([s for own in pieces for s, *_ in own], minlength=len(lengths))
     for sequence, first, cuts in bounds:
         assert cuts == (parts[sequence] - 1 if first else 0)
+
+
+def test_few_and_many_are_summed_alike(monkeypatch):
+    x = jnp.array([3, 0, 5, 1], jnp.int32)
+    few = cumsum(x)
+    monkeypatch.setattr(plan, "FEW", 2)
+    for sums in (few, cumsum(x)):
+        assert sums.tolist() == [3, 3, 8, 9] and sums.dtype == jnp.int32
 
 
 def test_equal_sequences_that_fill_the_workers_are_not_cut():
