@@ -73,6 +73,11 @@ class Problem:
         return -(-self.s_q * self.heads // ROWS)
 
     @property
+    def rows(self) -> int:
+        """Rows of queries and output of a sequence: TMA moves eight at a time."""
+        return -(-self.s_q * self.heads // 8) * 8
+
+    @property
     def halves(self) -> tuple[int, int]:
         """Columns of values of the two accumulating warpgroups: multiples of 64."""
         left = -(-self.v_dim // 128) * 64
@@ -115,10 +120,10 @@ class Refs(NamedTuple):
 def build(p: Problem):
     """The kernel as a function of a plan's bounds, lengths, the table of pages, q and keys.
 
-    q is `[b, s_q * heads, d]`, keys are `[blocks, 64, d]`.
+    q is `[b, rows, d]`, keys are `[blocks, 64, d]`.
 
     Returns:
-      `out [b, tiles * 64, v_dim]` and `lse f32[b, tiles, 64]` of sequences that are not cut; of the
+      `out [b, rows, v_dim]` and `lse f32[b, tiles, 64]` of sequences that are not cut; of the
       pieces of others `f32[2 * workers, tiles, 64, v_dim]` and, as base-2 logarithms, `NEVER` where
       a row sees no key, `f32[2 * workers, tiles, 64]`; see `Piece.part`.
     """
@@ -146,7 +151,7 @@ def build(p: Problem):
     return plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((p.batch, p.tiles * ROWS, p.v_dim), p.dtype),
+            jax.ShapeDtypeStruct((p.batch, p.rows, p.v_dim), p.dtype),
             jax.ShapeDtypeStruct((p.batch, p.tiles, ROWS), F32),
             jax.ShapeDtypeStruct((2 * p.workers, p.tiles, ROWS, p.v_dim), F32),
             jax.ShapeDtypeStruct((2 * p.workers, p.tiles, ROWS), F32),
@@ -268,17 +273,19 @@ class Accumulator(Warpgroup):
 
         def piece(sequence, carry):
             (g, ahead), own = carry, self.piece(sequence)
-            slot = lax.rem(g, SLOTS)
-            plgpu.barrier_wait(self.refs.scored.at[slot])
-            self.refill(ahead, slot)
+            plgpu.barrier_wait(self.refs.scored.at[lax.rem(g, SLOTS)])
+            ahead = self.refill_if(own.first < own.last, ahead, lax.rem(g, SLOTS))
             plgpu.barrier_wait(self.refs.read.at[lax.rem(g + 1, SLOTS)])
-            start = g + 1, self.next_step(ahead), self.zeros()
-            body = self.block(own.length)
-            g, ahead, acc = lax.fori_loop(own.first, own.last, body, start)
-            self.store(sequence, own, acc)
-            return g, ahead
+            start = g + 1, ahead, self.zeros()
+            g, ahead, acc = lax.fori_loop(own.first, own.last, self.block(own), start)
+            # through the slot that was read last, and is refilled only now
+            slot = lax.rem(g + SLOTS - 1, SLOTS)
+            self.store(sequence, own, acc, slot)
+            self.refill(ahead, slot)
+            return g, self.next_step(ahead)
 
         lax.fori_loop(self.begin[0], self.stop, piece, (0, ahead))
+        plgpu.wait_smem_to_gmem(0)
 
     def zeros(self):
         """The output's accumulators."""
@@ -288,12 +295,18 @@ class Accumulator(Warpgroup):
         """Loads a step into a slot that was read."""
         self.load(step, self.columns, self.ring.at[slot], self.refs.full.at[slot])
 
-    def block(self, length):
-        """The loop's body over the blocks of a sequence of so many keys."""
+    def refill_if(self, condition, step, slot):
+        """Refills a slot under a condition; returns the step that is next."""
+        pl.when(condition)(functools.partial(self.refill, step, slot))
+        following = self.next_step(step)
+        return Step(*(jnp.where(condition, a, b) for a, b in zip(following, step, strict=True)))
+
+    def block(self, piece):
+        """The loop's body over the blocks of a piece, of which the last one's slot is kept."""
 
         def step(j, carry):
             g, ahead, acc = carry
-            slot, left = lax.rem(g, SLOTS), length - j * BLOCK
+            slot, left = lax.rem(g, SLOTS), piece.length - j * BLOCK
             plgpu.barrier_wait(self.refs.scored.at[slot])
             factor = plgpu.load(self.refs.FACTORS.at[slot], layout=BY_ROW)
             acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
@@ -301,8 +314,7 @@ class Accumulator(Warpgroup):
             plgpu.barrier_wait(self.refs.read.at[lax.rem(g + 1, SLOTS)])
             acc = add_product(acc, self.refs.P, self.ring.at[slot])
             plgpu.barrier_arrive(self.refs.taken)
-            self.refill(ahead, slot)
-            return g + 1, self.next_step(ahead), acc
+            return g + 1, self.refill_if(j + 1 < piece.last, ahead, slot), acc
 
         return step
 
@@ -315,7 +327,7 @@ class Accumulator(Warpgroup):
             part[...] = jnp.where(row < keys, values, jnp.zeros((), values.dtype))
         plgpu.commit_smem()
 
-    def store(self, sequence, piece, acc):
+    def store(self, sequence, piece, acc, slot):
         """Stores a piece: as the output if its sequence is not cut, else as a part of it."""
         parity = lax.rem(sequence - self.begin[0], 2)
         plgpu.barrier_wait(self.refs.finished.at[parity])
@@ -324,9 +336,12 @@ class Accumulator(Warpgroup):
 
         @pl.when(~piece.cut)
         def _whole():
-            rows = pl.ds(self.tile * ROWS, ROWS)
+            self.ring[slot] = acc.astype(self.p.dtype)
+            plgpu.commit_smem()
+            rows = pl.ds(self.tile * ROWS, ROWS)  # those past the output's are not stored
             out = self.refs.out.at[sequence, rows, self.columns]
-            out[...] = acc.astype(self.p.dtype)
+            plgpu.copy_smem_to_gmem(self.ring.at[slot], out)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(piece.cut)
         def _part():

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.mla.hopper_kernel import BY_ROW, F32, REAL, ROWS, Problem, by_row, natural
 from whalejax.kernels.mla.plan import CUTS, SEQUENCE
-from whalejax.kernels.mosaic import compiler_params
+from whalejax.kernels.mosaic import compiler_params, transforms
 
 COLUMNS = 32
 
@@ -25,7 +25,7 @@ def build(p: Problem) -> Any:
     to sequences that are cut. A sequence is merged where it is cut for the first time.
     """
 
-    def body(bounds, parts, part_lse, out, lse):
+    def body(bounds, parts, part_lse, out, lse, staged):
         tile, chunk = lax.axis_index("tile"), lax.axis_index("chunk")
         worker = lax.axis_index("cut")  # in front of the cut
         sequence, cuts = bounds[worker + 1, SEQUENCE], bounds[worker + 1, CUTS]
@@ -54,7 +54,10 @@ def build(p: Problem) -> Any:
             inverse = jnp.where(total > 0, 1 / total, 0.0)
             rows = pl.ds(tile * ROWS, ROWS)
             merged = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-            out.at[sequence, rows, columns][...] = merged.astype(p.dtype)
+            staged[...] = merged.astype(p.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staged, out.at[sequence, rows, columns])
+            plgpu.wait_smem_to_gmem(0)
 
             @pl.when(chunk == 0)
             def _sums():
@@ -63,6 +66,9 @@ def build(p: Problem) -> Any:
     return plgpu.kernel(
         body,
         out_type=(),
+        scratch_types=[
+            plgpu.SMEM((ROWS, COLUMNS), p.dtype, transforms=transforms(COLUMNS, p.dtype))
+        ],
         grid=(p.workers - 1, p.tiles, p.v_dim // COLUMNS),
         grid_names=("cut", "tile", "chunk"),
         kernel_name="mla_merge",
