@@ -47,8 +47,12 @@ def mla_decode(
     scale: float,
     causal: bool,
     plan: Plan | None = None,
+    delayed: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends by a plan, then merges the pieces of the sequences that it cuts."""
+    """Attends by a plan, then merges the pieces of the sequences that it cuts.
+
+    `delayed` is the kernel's: by default where products take longer than loads.
+    """
     from whalejax.kernels.mla.hopper_kernel import Problem, build
     from whalejax.kernels.mla.merge_kernel import build as build_merge
 
@@ -64,6 +68,7 @@ def mla_decode(
         page_blocks=kv_pages.shape[1] // BLOCK,
         scale=scale,
         causal=causal,
+        delayed=s_q * heads > 64 if delayed is None else delayed,
         dtype=q.dtype,
     )
     num_rows, blocks = s_q * heads, kv_pages.reshape(-1, BLOCK, d)

@@ -12,8 +12,7 @@ right        load          load              O += P V[:, 256:]  ...   store
 
 One warpgroup scores; two hold half of the output's columns each, and load that half of the keys.
 Everything passes through one ring of three slots, each a block's latent part: queries have a
-block's shape. A slot is refilled by the warpgroup that has read it last. The product with the
-values of a block waits until the next block is scored, to run while its softmax is computed.
+block's shape. A slot is refilled by the warpgroup that has read it last.
 
 Scores are kept in powers of two, a factor that the exponential does not have to apply.
 """
@@ -54,6 +53,8 @@ class Problem:
       page_blocks: blocks of 64 keys in a page.
       scale: on the scores.
       causal: whether a new token sees no later one.
+      delayed: whether a block's product with the values waits until the next block is scored, to
+        run while its softmax is computed: for many queries. Without, slots are free earlier.
       dtype: of queries, keys and output.
     """
 
@@ -65,6 +66,7 @@ class Problem:
     page_blocks: int
     scale: float
     causal: bool
+    delayed: bool
     dtype: Any
 
     @property
@@ -275,7 +277,7 @@ class Accumulator(Warpgroup):
             (g, ahead), own = carry, self.piece(sequence)
             plgpu.barrier_wait(self.refs.scored.at[lax.rem(g, SLOTS)])
             ahead = self.refill_if(own.first < own.last, ahead, lax.rem(g, SLOTS))
-            plgpu.barrier_wait(self.refs.read.at[lax.rem(g + 1, SLOTS)])
+            self.await_queries(g)
             start = g + 1, ahead, self.zeros()
             g, ahead, acc = lax.fori_loop(own.first, own.last, self.block(own), start)
             # through the slot that was read last, and is refilled only now
@@ -284,8 +286,21 @@ class Accumulator(Warpgroup):
             self.refill(ahead, slot)
             return g, self.next_step(ahead)
 
-        lax.fori_loop(self.begin[0], self.stop, piece, (0, ahead))
+        g, _ = lax.fori_loop(self.begin[0], self.stop, piece, (0, ahead))
+        if not self.p.delayed:  # the scorer's last word
+            plgpu.barrier_wait(self.refs.read.at[lax.rem(g, SLOTS)])
         plgpu.wait_smem_to_gmem(0)
+
+    def await_queries(self, g):
+        """Before the blocks of a piece whose queries are the g-th step.
+
+        Nobody reads the first slot's queries before they are there; of each other step the scorer
+        says so, and each must be heard once.
+        """
+        if self.p.delayed:
+            plgpu.barrier_wait(self.refs.read.at[lax.rem(g + 1, SLOTS)])
+        else:
+            pl.when(g > 0)(lambda: plgpu.barrier_wait(self.refs.read.at[lax.rem(g, SLOTS)]))
 
     def zeros(self):
         """The output's accumulators."""
@@ -311,7 +326,7 @@ class Accumulator(Warpgroup):
             factor = plgpu.load(self.refs.FACTORS.at[slot], layout=BY_ROW)
             acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
             pl.when(left < BLOCK)(functools.partial(self.clear, slot, left))
-            plgpu.barrier_wait(self.refs.read.at[lax.rem(g + 1, SLOTS)])
+            plgpu.barrier_wait(self.refs.read.at[lax.rem(g + int(self.p.delayed), SLOTS)])
             acc = add_product(acc, self.refs.P, self.ring.at[slot])
             plgpu.barrier_arrive(self.refs.taken)
             return g + 1, self.refill_if(j + 1 < piece.last, ahead, slot), acc

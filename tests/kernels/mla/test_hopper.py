@@ -46,10 +46,9 @@ def run_on_gpu(function, *, detect_races=False):
     return jax.jit(function)
 
 
-def decode(v_dim, causal=True):
-    return functools.partial(
-        hopper.mla_decode, v_dim=v_dim, scale=(v_dim + 64) ** -0.5, causal=causal
-    )
+def decode(v_dim, causal=True, **options):
+    scale = (v_dim + 64) ** -0.5
+    return functools.partial(hopper.mla_decode, v_dim=v_dim, scale=scale, causal=causal, **options)
 
 
 def draw(lengths, *, s_q=1, heads=16, v_dim=128, page_size=64, dtype=jnp.bfloat16):
@@ -116,6 +115,14 @@ def test_equals_numpy_float64(run, lengths, sizes, causal):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("delayed", [True, False])
+def test_delayed_or_not(run, delayed):
+    q, pages, table, lengths = draw([70, 0, 1, 300], s_q=2, heads=3)
+    out, _ = run(decode(128, delayed=delayed))(q, pages, table, lengths)
+    expected, _ = truth(q, pages, table, lengths, 128, 192**-0.5, True)
+    assert_rows_close(out, expected, tolerance=5e-3)
+
+
 def test_runs_are_identical(run):
     arguments = draw([70, 300], s_q=2)
     first = run(decode(128))(*arguments)
@@ -132,7 +139,8 @@ def test_a_plan_that_is_given_is_followed(run):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_there_are_no_races(run, capfd, monkeypatch):
+@pytest.mark.parametrize("delayed", [True, False])
+def test_there_are_no_races(run, capfd, monkeypatch, delayed):
     """Arrivals are fenced here, in the interpreter's memory model alone; see the FP8 kernels'."""
     arrive = plgpu.barrier_arrive
 
@@ -141,7 +149,7 @@ def test_there_are_no_races(run, capfd, monkeypatch):
         arrive(barrier, **options)
 
     monkeypatch.setattr(plgpu, "barrier_arrive", fence_and_arrive)
-    run(decode(128), detect_races=True)(*draw([70, 200, 0], s_q=2, heads=5))
+    run(decode(128, delayed=delayed), detect_races=True)(*draw([70, 200, 0], s_q=2, heads=5))
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
