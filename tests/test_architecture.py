@@ -14,6 +14,7 @@ SHARED = {"backend", "groups", "mosaic", "testing"}  # modules one level up, fre
 ARROWS = {
     "fp8_gemm": {"quantization"},
     "grouped_gemm": {"fp8_gemm", "quantization"},
+    "mla": {"quantization"},
 }
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from whalejax.kernels.backend import choose, unusable
+from whalejax.kernels.mla.pages import FP8Pages
 from whalejax.kernels.mla.plan import Plan
 
 # the kernel comes second, so only when it is named, until it was measured on a GPU
@@ -29,7 +30,7 @@ _without_gradient.defvjp(_refuse, _refuse)
 
 def mla_decode(
     q: jax.Array,
-    kv_pages: jax.Array,
+    kv_pages: jax.Array | FP8Pages,
     page_table: jax.Array,
     lengths: jax.Array,
     *,
@@ -44,7 +45,7 @@ def mla_decode(
     Args:
       q: `bf16|f16|f32[b, s_q, h_q, d]`, queries in latent space, the rotary part last.
       kv_pages: `[pages, page_size, d]` of q's dtype; keys, whose first `v_dim` columns are the
-        values.
+        values. Or `FP8Pages`, rotary parts of q's dtype.
       page_table: `i32[b, max_pages]`, the pages of each sequence in order; entries past a
         sequence's pages may hold anything.
       lengths: `i32[b]`, tokens of each sequence in the cache, the s_q new ones included.
@@ -67,7 +68,7 @@ def mla_decode(
 
     Source: FlashMLA's interface; the absorbed form is DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
-    if q.ndim != 4 or kv_pages.ndim != 3 or q.shape[3] != kv_pages.shape[2]:
+    if q.ndim != 4 or len(kv_pages.shape) != 3 or q.shape[3] != kv_pages.shape[2]:
         raise ValueError(
             f"mla_decode: q.shape={q.shape} must be [b, s_q, h_q, d] and "
             f"kv_pages.shape={kv_pages.shape} [pages, page_size, d] with the same d"
@@ -84,6 +85,11 @@ def mla_decode(
         raise ValueError(
             f"mla_decode: q.dtype={q.dtype} and kv_pages.dtype={kv_pages.dtype} differ"
         )
+    if isinstance(kv_pages, FP8Pages) and kv_pages.latent.shape[2] != v_dim:
+        raise ValueError(
+            f"mla_decode: v_dim={v_dim} must be the width of "
+            f"kv_pages.latent.shape={kv_pages.latent.shape}"
+        )
     q, kv_pages = _without_gradient((q, kv_pages))
     backend = choose("mla_decode", BACKENDS, implementation, q, kv_pages, v_dim)
     if implementation and (reason := unusable(BACKENDS[implementation])):
@@ -94,12 +100,15 @@ def mla_decode(
 
 
 def append(
-    kv_pages: jax.Array, latent: jax.Array, page_table: jax.Array, positions: jax.Array
-) -> jax.Array:
+    kv_pages: jax.Array | FP8Pages,
+    latent: jax.Array,
+    page_table: jax.Array,
+    positions: jax.Array,
+) -> jax.Array | FP8Pages:
     """Writes new tokens into their slots of a paged cache.
 
     Args:
-      kv_pages: `[pages, page_size, d]`.
+      kv_pages: `[pages, page_size, d]`, or `FP8Pages`, for which tokens are quantised.
       latent: `[b, s, d]`, what the new tokens leave in the cache.
       page_table: `i32[b, max_pages]`.
       positions: `i32[b, s]`, the place of each token in its sequence; a negative one is not
@@ -120,4 +129,10 @@ def append(
     index = jnp.clip(positions // page_size, 0, page_table.shape[1] - 1)
     page = jnp.take_along_axis(page_table, index, axis=1)
     page = jnp.where(positions < 0, num_pages, page)
-    return kv_pages.at[page, positions % page_size].set(latent.astype(kv_pages.dtype), mode="drop")
+
+    def write(pages, tokens):
+        return pages.at[page, positions % page_size].set(tokens.astype(pages.dtype), mode="drop")
+
+    if isinstance(kv_pages, FP8Pages):
+        latent = FP8Pages.quantize(latent, kv_pages.latent.shape[2])
+    return jax.tree.map(write, kv_pages, latent)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, no_gpu
+from whalejax.kernels.mla.pages import FP8Pages
 from whalejax.kernels.mla.plan import BLOCK, Plan, plan_mla_decode
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -16,10 +17,12 @@ def unusable() -> str | None:
     return mosaic_unusable() or no_gpu()
 
 
-def why_not(q: jax.Array, kv_pages: jax.Array, v_dim: int) -> str | None:
+def why_not(q: jax.Array, kv_pages: jax.Array | FP8Pages, v_dim: int) -> str | None:
     """Says why the kernel cannot run these arguments, None if it can."""
     if reason := mosaic_unusable():
         return reason
+    if isinstance(kv_pages, FP8Pages):
+        return "the kernel takes no FP8 cache yet"
     if q.dtype not in DTYPES:
         return f"the kernel takes bfloat16 and float16, not {q.dtype}"
     if v_dim % 64 or not 128 <= v_dim <= 512 or q.shape[3] - v_dim != ROPE:
@@ -53,8 +56,9 @@ def mla_decode(
 
     `delayed` is the kernel's: by default where products take longer than loads.
     """
-    from whalejax.kernels.mla.hopper_kernel import Problem, build
+    from whalejax.kernels.mla.hopper_kernel import build
     from whalejax.kernels.mla.merge_kernel import build as build_merge
+    from whalejax.kernels.mla.worker import Problem
 
     batch, s_q, heads, d = q.shape
     if plan is None:

@@ -11,8 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from whalejax.kernels.mla.hopper_kernel import BY_ROW, F32, REAL, ROWS, Problem, by_row, natural
 from whalejax.kernels.mla.plan import CUTS, SEQUENCE
+from whalejax.kernels.mla.worker import BY_ROW, F32, REAL, ROWS, Problem, by_row, natural
 from whalejax.kernels.mosaic import compiler_params, transforms
 
 COLUMNS = 32

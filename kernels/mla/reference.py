@@ -3,17 +3,18 @@
 import jax
 import jax.numpy as jnp
 
+from whalejax.kernels.mla.pages import FP8Pages
 from whalejax.kernels.mla.plan import Plan
 
 
-def why_not(q: jax.Array, kv_pages: jax.Array, v_dim: int) -> str | None:
+def why_not(q: jax.Array, kv_pages: jax.Array | FP8Pages, v_dim: int) -> str | None:
     """Runs everywhere."""
     return None
 
 
 def mla_decode(
     q: jax.Array,
-    kv_pages: jax.Array,
+    kv_pages: jax.Array | FP8Pages,
     page_table: jax.Array,
     lengths: jax.Array,
     *,
@@ -26,7 +27,10 @@ def mla_decode(
     del plan  # every sequence is attended to as a whole
     batch, s_q = q.shape[:2]
     num_pages, page_size, width = kv_pages.shape
-    keys = kv_pages[jnp.clip(page_table, 0, num_pages - 1)]
+    used = jnp.clip(page_table, 0, num_pages - 1)
+    keys = jax.tree.map(lambda pages: pages[used], kv_pages)
+    if isinstance(keys, FP8Pages):
+        keys = keys.dequantize(q.dtype)
     keys = keys.reshape(batch, page_table.shape[1] * page_size, width)
     place = jnp.arange(keys.shape[1], dtype=lengths.dtype)[None]
     # unused slots may hold NaN, and 0 * NaN is NaN: clear them before any product

@@ -1,0 +1,135 @@
+"""A warpgroup of the decode kernel that sums half of the columns of the output."""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from whalejax.kernels.mla.plan import BLOCK
+from whalejax.kernels.mla.worker import BY_ROW, F32, ROWS, SLOTS, Step, Warpgroup
+from whalejax.kernels.mosaic import interpreted
+
+
+class Accumulator(Warpgroup):
+    """Sums half of the columns of the output, and loads that half of the keys."""
+
+    def __init__(self, p, refs, worker, tile, side: int):
+        super().__init__(p, refs, worker, tile)
+        left, right = p.halves
+        self.columns = pl.ds(0, left) if side == 0 else pl.ds(left, right)
+        self.ring = (refs.LEFT, refs.RIGHT)[side]
+        self.width = (left, right)[side]
+
+    def run(self) -> None:
+        """Works through all pieces."""
+        ahead = self.first_step()
+        for slot in range(SLOTS):
+            self.refill(ahead, slot)
+            ahead = self.next_step(ahead)
+        plgpu.barrier_arrive(self.refs.taken)
+
+        def piece(sequence, carry):
+            (g, ahead), own = carry, self.piece(sequence)
+            plgpu.barrier_wait(self.refs.scored.at[lax.rem(g, SLOTS)])
+            ahead = self.refill_if(own.first < own.last, ahead, lax.rem(g, SLOTS))
+            self.await_queries(g)
+            start = g + 1, ahead, self.zeros()
+            g, ahead, acc = lax.fori_loop(own.first, own.last, self.block(own), start)
+            # through the slot that was read last, and is refilled only now
+            slot = lax.rem(g + SLOTS - 1, SLOTS)
+            self.store(sequence, own, acc, slot)
+            self.refill(ahead, slot)
+            return g, self.next_step(ahead)
+
+        g, _ = lax.fori_loop(self.begin[0], self.stop, piece, (0, ahead))
+        if not self.p.delayed:  # the scorer's last word
+            plgpu.barrier_wait(self.refs.read.at[lax.rem(g, SLOTS)])
+        plgpu.wait_smem_to_gmem(0)
+
+    def await_queries(self, g):
+        """Before the blocks of a piece whose queries are the g-th step.
+
+        Nobody reads the first slot's queries before they are there; of each other step the scorer
+        says so, and each must be heard once.
+        """
+        if self.p.delayed:
+            plgpu.barrier_wait(self.refs.read.at[lax.rem(g + 1, SLOTS)])
+        else:
+            pl.when(g > 0)(lambda: plgpu.barrier_wait(self.refs.read.at[lax.rem(g, SLOTS)]))
+
+    def zeros(self):
+        """The output's accumulators."""
+        return plgpu.layout_cast(jnp.zeros((ROWS, self.width), F32), plgpu.Layout.WGMMA)
+
+    def refill(self, step, slot):
+        """Loads a step into a slot that was read."""
+        self.load(step, self.columns, self.ring.at[slot], self.refs.full.at[slot])
+
+    def refill_if(self, condition, step, slot):
+        """Refills a slot under a condition; returns the step that is next."""
+        pl.when(condition)(functools.partial(self.refill, step, slot))
+        following = self.next_step(step)
+        return Step(*(jnp.where(condition, a, b) for a, b in zip(following, step, strict=True)))
+
+    def block(self, piece):
+        """The loop's body over the blocks of a piece, of which the last one's slot is kept."""
+
+        def step(j, carry):
+            g, ahead, acc = carry
+            slot, left = lax.rem(g, SLOTS), piece.length - j * BLOCK
+            plgpu.barrier_wait(self.refs.scored.at[slot])
+            factor = plgpu.load(self.refs.FACTORS.at[slot], layout=BY_ROW)
+            acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
+            pl.when(left < BLOCK)(functools.partial(self.clear, slot, left))
+            plgpu.barrier_wait(self.refs.read.at[lax.rem(g + int(self.p.delayed), SLOTS)])
+            acc = add_product(acc, self.refs.P, self.ring.at[slot])
+            plgpu.barrier_arrive(self.refs.taken)
+            return g + 1, self.refill_if(j + 1 < piece.last, ahead, slot), acc
+
+        return step
+
+    def clear(self, slot, keys):
+        """Clears values past a sequence's end, which may be NaN: what is 0 times NaN is NaN."""
+        for column in range(0, self.width, 64):
+            part = self.ring.at[slot, :, pl.ds(column, 64)]
+            values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+            row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, 64), 0, layout=plgpu.Layout.WGMMA)
+            part[...] = jnp.where(row < keys, values, jnp.zeros((), values.dtype))
+        plgpu.commit_smem()
+
+    def store(self, sequence, piece, acc, slot):
+        """Stores a piece: as the output if its sequence is not cut, else as a part of it."""
+        parity = lax.rem(sequence - self.begin[0], 2)
+        plgpu.barrier_wait(self.refs.finished.at[parity])
+        inverse = plgpu.load(self.refs.FACTORS.at[SLOTS + parity], layout=BY_ROW)
+        acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+
+        @pl.when(~piece.cut)
+        def _whole():
+            self.ring[slot] = acc.astype(self.p.dtype)
+            plgpu.commit_smem()
+            rows = pl.ds(self.tile * ROWS, ROWS)  # those past the output's are not stored
+            out = self.refs.out.at[sequence, rows, self.columns]
+            plgpu.copy_smem_to_gmem(self.ring.at[slot], out)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        @pl.when(piece.cut)
+        def _part():
+            self.refs.parts.at[piece.part, self.tile, :, self.columns][...] = acc
+
+
+def add_product(acc, x, w):
+    """acc + x @ w, operands in SMEM."""
+
+    def multiply(acc):
+        plgpu.wgmma(acc, x, w)
+        if interpreted():
+            return plgpu.wgmma_accumulator_load(acc)
+        plgpu.wgmma_wait(0)
+        return None
+
+    if interpreted():  # which has no accumulators that start with a value
+        return acc + pl.run_scoped(multiply, plgpu.ACC(acc.shape, F32))
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))

@@ -1,0 +1,60 @@
+"""A paged latent cache in FP8: a scale for each 128 values of a token, rotary parts as they are."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from whalejax.kernels.quantization import QuantizedArray, quantize
+
+TILE = (1, 128)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FP8Pages:
+    """Pages of a latent cache, as FlashMLA's and DeepSeek-V3.2's: 656 bytes a token of 1152.
+
+    Attributes:
+      latent: `e4m3[pages, page_size, v_dim]`.
+      scales: `f32[pages, page_size, ceil(v_dim / 128)]`; a value stands for itself times a scale.
+      rope: `bf16|f16|f32[pages, page_size, rope]`, rotary parts of keys.
+    """
+
+    latent: jax.Array
+    scales: jax.Array
+    rope: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of the cache that this stands for, `[pages, page_size, v_dim + rope]`."""
+        return (*self.latent.shape[:2], self.latent.shape[2] + self.rope.shape[2])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the queries that it is read with, that of its rotary parts."""
+        return self.rope.dtype
+
+    @classmethod
+    def zeros(
+        cls, shape: tuple[int, int, int], v_dim: int, dtype: jnp.dtype = jnp.bfloat16
+    ) -> "FP8Pages":
+        """An empty cache of a shape, values being its first `v_dim` columns."""
+        *leading, width = shape
+        return cls(
+            jnp.zeros((*leading, v_dim), jnp.float8_e4m3fn),
+            jnp.zeros((*leading, -(-v_dim // TILE[1])), jnp.float32),
+            jnp.zeros((*leading, width - v_dim), dtype),
+        )
+
+    @classmethod
+    def quantize(cls, tokens: jax.Array, v_dim: int) -> "FP8Pages":
+        """Tokens `[..., s, v_dim + rope]` as pages hold them; a NaN spoils its own tile alone."""
+        latent, rope = tokens[..., :v_dim], tokens[..., v_dim:]
+        quantized = quantize(latent, TILE, implementation="xla")
+        return cls(quantized.values, quantized.scales, rope)
+
+    def dequantize(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        """The cache that this stands for, in `dtype`."""
+        latent = QuantizedArray(self.latent, self.scales, TILE).dequantize(dtype)
+        return jnp.concatenate([latent, self.rope.astype(dtype)], axis=-1)

@@ -1,0 +1,151 @@
+"""The warpgroup of the decode kernel that scores keys and turns scores into weights."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from whalejax.kernels.mla.plan import BLOCK
+from whalejax.kernels.mla.worker import (
+    F32,
+    NEVER,
+    REAL,
+    ROPE,
+    ROWS,
+    SLOTS,
+    Warpgroup,
+    by_row,
+    natural,
+)
+from whalejax.kernels.mosaic import interpreted
+
+
+class Scorer(Warpgroup):
+    """Scores blocks of keys, and turns scores into weights."""
+
+    def run(self) -> None:
+        """Works through all pieces."""
+        ahead = self.first_step()
+        self.load_tail(ahead)
+        start = 0, self.next_step(ahead)
+        g, _ = lax.fori_loop(self.begin[0], self.stop, self.score_piece, start)
+        plgpu.barrier_arrive(self.refs.read.at[lax.rem(g, SLOTS)])
+        plgpu.barrier_wait(self.refs.taken)  # by the last block
+
+    def load_tail(self, step):
+        """Loads the rotary part of a step."""
+        columns = pl.ds(self.p.v_dim, ROPE)
+        self.load(step, columns, self.refs.TAIL, self.refs.tail_full)
+
+    def score_piece(self, sequence, carry):
+        """Scores all blocks of the worker's piece of a sequence."""
+        refs, (g, ahead), piece = self.refs, carry, self.piece(sequence)
+        slot = lax.rem(g, SLOTS)
+        plgpu.barrier_arrive(refs.read.at[slot], predicate=g > 0)
+        plgpu.barrier_wait(refs.full.at[slot])
+        plgpu.barrier_wait(refs.tail_full)
+        queries = self.take_queries(slot)
+        plgpu.barrier_arrive(refs.scored.at[slot])
+        self.load_tail(ahead)
+
+        start = g + 1, self.next_step(ahead), by_row(NEVER), by_row(0)
+        body = self.block(piece.length, queries)
+        g, ahead, top, total = lax.fori_loop(piece.first, piece.last, body, start)
+        seen = total > 0
+        parity = lax.rem(sequence - self.begin[0], 2)
+        refs.FACTORS.at[SLOTS + parity][...] = jnp.where(seen, 1 / total, 0.0)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.finished.at[parity])
+
+        @pl.when(~piece.cut)
+        def _whole():
+            refs.lse.at[sequence, self.tile][...] = natural(top, total)
+
+        @pl.when(piece.cut)
+        def _part():
+            sums = jnp.where(seen, top + jnp.log2(total), NEVER)
+            refs.part_lse.at[piece.part, self.tile][...] = sums
+
+        return g, ahead
+
+    def take_queries(self, slot):
+        """Queries: in registers as far as they fit, the last 128 columns in SMEM."""
+        refs, (_, right) = self.refs, self.p.halves
+        wgmma = plgpu.Layout.WGMMA
+        queries = [plgpu.load(refs.LEFT.at[slot], layout=wgmma)]
+        if right > 64:
+            queries.append(plgpu.load(refs.RIGHT.at[slot, :, pl.ds(0, right - 64)], layout=wgmma))
+        refs.Q[:, pl.ds(0, 64)] = plgpu.load(
+            refs.RIGHT.at[slot, :, pl.ds(right - 64, 64)], layout=wgmma
+        )
+        refs.Q[:, pl.ds(64, 64)] = plgpu.load(refs.TAIL, layout=wgmma)
+        plgpu.commit_smem()
+        return queries
+
+    def block(self, length, queries):
+        """The loop's body over the blocks of a sequence of so many keys."""
+        p, refs = self.p, self.refs
+        factor = p.scale * math.log2(math.e)
+        hidden = p.s_q - 1 if p.causal else 0  # from the first new token
+
+        def step(j, carry):
+            g, ahead, top, total = carry
+            slot, left = lax.rem(g, SLOTS), length - j * BLOCK
+            plgpu.barrier_wait(refs.full.at[slot])
+            scores = self.scores(slot, queries)
+            plgpu.barrier_arrive(refs.read.at[slot])
+            self.load_tail(ahead)
+
+            scores = lax.cond(left - hidden < BLOCK, self.mask, lambda s, _: s, scores, left)
+            raised = jnp.maximum(top, scores.max(axis=1) * factor)
+            # where nothing was seen yet, the largest score is one that counts for nothing
+            base = jnp.where(raised > REAL, raised, 0.0)
+            weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(base, scores.shape, [0]))
+            change = jnp.exp2(top - raised)
+            plgpu.barrier_wait(refs.taken)
+            refs.P[...] = weights.astype(p.dtype)
+            refs.FACTORS.at[slot][...] = change
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(refs.scored.at[slot])
+            total = total * change + weights.sum(axis=1)
+            return g + 1, self.next_step(ahead), raised, total
+
+        return step
+
+    def scores(self, slot, queries):
+        """Queries times the keys in a slot."""
+        refs, (_, right) = self.refs, self.p.halves
+        early = [(queries[0], refs.LEFT.at[slot])]
+        if right > 64:
+            early.append((queries[1], refs.RIGHT.at[slot, :, pl.ds(0, right - 64)]))
+        early.append((refs.Q.at[:, pl.ds(0, 64)], refs.RIGHT.at[slot, :, pl.ds(right - 64, 64)]))
+        tail = refs.Q.at[:, pl.ds(64, 64)], refs.TAIL
+        if interpreted():  # which has no products with a left operand in registers
+            plgpu.barrier_wait(refs.tail_full)
+            return sum(
+                jnp.dot(x[...].astype(F32), keys[...].astype(F32).T) for x, keys in (*early, tail)
+            )
+
+        def multiply(acc):
+            for x, keys in early:
+                plgpu.wgmma(acc, x, keys.transpose((1, 0)))
+            plgpu.barrier_wait(refs.tail_full)
+            x, keys = tail
+            plgpu.wgmma(acc, x, keys.transpose((1, 0)))
+            return plgpu.wgmma_accumulator_load(acc)
+
+        return pl.run_scoped(multiply, plgpu.ACC((ROWS, BLOCK), F32))
+
+    def mask(self, scores, left):
+        """Takes out the keys of a block that a row does not see; `left` are the sequence's."""
+        p, iota = self.p, functools.partial(plgpu.broadcasted_iota, jnp.int32, scores.shape)
+        column = iota(1, layout=plgpu.Layout.WGMMA)
+        limit = left
+        if p.causal and p.s_q > 1:
+            row = iota(0, layout=plgpu.Layout.WGMMA) + self.tile * ROWS
+            later = sum((row < token * p.heads).astype(jnp.int32) for token in range(1, p.s_q))
+            limit = left - later
+        return jnp.where(column < limit, scores, NEVER)

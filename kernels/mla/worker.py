@@ -1,0 +1,178 @@
+"""What the warpgroups of a decode kernel's CTA share: sizes, memory, and what is loaded when."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from whalejax.kernels.mla.plan import FIRST, SEQUENCE, num_blocks
+
+F32 = jnp.float32
+ROWS = 64  # of queries in a tile
+SLOTS = 3  # blocks under way
+ROPE = 64  # columns of keys behind the values
+NEVER = -1e30  # a score that counts for nothing: an infinity would leave NaN behind
+REAL = -1e20  # every score that counts is larger, and every other smaller
+BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Sizes.
+
+    Attributes:
+      batch: sequences.
+      s_q, heads: new tokens of each, and heads of each token.
+      v_dim: width of the values; keys have `ROPE` columns more.
+      workers: that a plan is for.
+      page_blocks: blocks of 64 keys in a page.
+      scale: on the scores.
+      causal: whether a new token sees no later one.
+      delayed: whether a block's product with the values waits until the next block is scored, to
+        run while its softmax is computed: for many queries. Without, slots are free earlier.
+      dtype: of queries, keys and output.
+    """
+
+    batch: int
+    s_q: int
+    heads: int
+    v_dim: int
+    workers: int
+    page_blocks: int
+    scale: float
+    causal: bool
+    delayed: bool
+    dtype: Any
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 64 rows of queries."""
+        return -(-self.s_q * self.heads // ROWS)
+
+    @property
+    def rows(self) -> int:
+        """Rows of queries and output of a sequence: TMA moves eight at a time."""
+        return -(-self.s_q * self.heads // 8) * 8
+
+    @property
+    def halves(self) -> tuple[int, int]:
+        """Columns of values of the two accumulating warpgroups: multiples of 64."""
+        left = -(-self.v_dim // 128) * 64
+        return left, self.v_dim - left
+
+
+class Refs(NamedTuple):
+    """GMEM (lower case) and SMEM of the kernel.
+
+    Attributes:
+      LEFT, RIGHT, TAIL: the ring: a block's values in halves, and, in one slot, its rotary part.
+      P: softmax of the block under way, a left operand.
+      Q: queries that find no room in registers: the last 64 columns of values, the rotary part.
+      FACTORS: of rows: what each block scales the output with; at last, of a piece, 1 / sum.
+    """
+
+    bounds: Any
+    lengths: Any
+    table: Any
+    q: Any
+    kv: Any
+    out: Any
+    lse: Any
+    parts: Any
+    part_lse: Any
+    LEFT: Any
+    RIGHT: Any
+    TAIL: Any
+    P: Any
+    Q: Any
+    FACTORS: Any
+    full: Any  # a slot is loaded
+    tail_full: Any
+    scored: Any  # by the scorer: P is written, or queries are taken
+    taken: Any  # by accumulators: P is read
+    finished: Any  # by the scorer: a piece's sums are written
+    read: Any  # by the scorer: a slot's keys are
+
+
+class Step(NamedTuple):
+    """What fills a slot: a sequence's queries, where `block` is -1, or a block of its keys."""
+
+    sequence: Any
+    block: Any
+
+
+class Piece(NamedTuple):
+    """What a worker has of a sequence: blocks `first` to `last` of its `length` keys.
+
+    Attributes:
+      part: where it leaves its result if the sequence is cut: a worker has one piece at most that
+        does not begin with the first block, and one that does and does not end with the last.
+      cut: whether it is.
+    """
+
+    first: Any
+    last: Any
+    length: Any
+    part: Any
+    cut: Any
+
+
+class Warpgroup:
+    """What scorer and accumulators share: a worker's steps, and how a step is loaded."""
+
+    def __init__(self, p: Problem, refs: Refs, worker: jax.Array, tile: jax.Array):
+        self.p, self.refs, self.worker, self.tile = p, refs, worker, tile
+        self.begin = refs.bounds[worker, SEQUENCE], refs.bounds[worker, FIRST]
+        self.end = refs.bounds[worker + 1, SEQUENCE], refs.bounds[worker + 1, FIRST]
+        self.stop = self.end[0] + (self.end[1] > 0).astype(jnp.int32)  # behind its last sequence
+
+    def piece(self, sequence: jax.Array) -> Piece:
+        """The worker's piece of a sequence."""
+        length = self.refs.lengths[jnp.minimum(sequence, self.p.batch - 1)]
+        blocks = num_blocks(length)
+        first = jnp.where(sequence == self.begin[0], self.begin[1], 0)
+        last = jnp.where(sequence == self.end[0], self.end[1], blocks)
+        part = 2 * self.worker + (first == 0).astype(jnp.int32)
+        return Piece(first, last, length, part, (first > 0) | (last < blocks))
+
+    def first_step(self) -> Step:
+        """The first sequence's queries."""
+        return Step(self.begin[0], jnp.int32(-1))
+
+    def next_step(self, step: Step) -> Step:
+        """The step after one; past the last piece, those of no piece."""
+        piece = self.piece(step.sequence)
+        block = jnp.where(step.block < 0, piece.first, step.block + 1)
+        more = block < piece.last
+        return Step(jnp.where(more, step.sequence, step.sequence + 1), jnp.where(more, block, -1))
+
+    def load(self, step: Step, columns: Any, target: Any, barrier: Any) -> None:
+        """Starts to load columns of a step's keys or queries, if there is such a step."""
+        p, (sequence, block) = self.p, step
+        real = sequence < self.stop
+
+        @pl.when(real & (step.block >= 0))
+        def _keys():
+            page = self.refs.table[sequence, lax.div(block, p.page_blocks)]
+            number = page * p.page_blocks + lax.rem(block, p.page_blocks)
+            plgpu.copy_gmem_to_smem(self.refs.kv.at[number, :, columns], target, barrier)
+
+        @pl.when(real & (step.block < 0))
+        def _queries():
+            rows = pl.ds(self.tile * ROWS, ROWS)
+            plgpu.copy_gmem_to_smem(self.refs.q.at[sequence, rows, columns], target, barrier)
+
+
+def natural(top, total):
+    """The logarithm of a sum of exponentials, `total` times two to the power of `top`."""
+    return jnp.where(total > 0, (top + jnp.log2(total)) * math.log(2), jnp.inf)
+
+
+def by_row(value):
+    """A number for each row of queries."""
+    return plgpu.layout_cast(jnp.full((ROWS,), value, F32), BY_ROW)
