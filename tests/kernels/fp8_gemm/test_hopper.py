@@ -28,8 +28,8 @@ pytestmark = pytest.mark.skipif(mosaic_unusable() is not None, reason=str(mosaic
 WEIGHT = (128, 128)
 ON_GPU = jax.default_backend() == "gpu"
 # bfloat16: half a step, averaged over a row. float32: roundings of 2**-24 of some hundred sums; a
-# tensor core sums products of FP8 in about 14 bits, which the interpreter does not.
-TOLERANCE = {"bfloat16": 2.5e-3, "float32": 5e-4 if ON_GPU else 20 * 2**-24}
+# tensor core cuts products of FP8 off at some 14 bits, which adds up where all are of one sign.
+TOLERANCE = {"bfloat16": 2.5e-3, "float32": 2.5e-3 if ON_GPU else 20 * 2**-24}
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
