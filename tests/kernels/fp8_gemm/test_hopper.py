@@ -1,7 +1,4 @@
-"""The Mosaic GPU kernels: interpreted on the CPU, or run as they are where there is a Hopper GPU.
-
-On a GPU: `JAX_PLATFORMS=cuda pytest tests/kernels/fp8_gemm/test_hopper.py`.
-"""
+"""The Mosaic GPU kernels of FP8 matmuls, run as `tests/kernels/conftest.py` says, and lowered."""
 
 import functools
 import re
@@ -19,8 +16,7 @@ from whalejax.kernels.fp8_gemm.tuning import Tuning, WgradTuning
 from whalejax.kernels.grouped_gemm import cases as grouped_cases
 from whalejax.kernels.grouped_gemm import fp8_reference
 from whalejax.kernels.grouped_gemm import hopper as grouped_hopper
-from whalejax.kernels.quantization import QuantizedArray, quantize, quantize_transposed, reference
-from whalejax.kernels.quantization import hopper as quantization_hopper
+from whalejax.kernels.quantization import QuantizedArray, quantize, quantize_transposed
 from whalejax.kernels.testing import assert_rows_close
 
 pytestmark = pytest.mark.skipif(mosaic_unusable() is not None, reason=str(mosaic_unusable()))
@@ -28,41 +24,9 @@ pytestmark = pytest.mark.skipif(mosaic_unusable() is not None, reason=str(mosaic
 WEIGHT = (128, 128)
 ON_GPU = jax.default_backend() == "gpu"
 # bfloat16: half a step, averaged over a row. float32: roundings of 2**-24 of some hundred sums; a
-# tensor core cuts products of FP8 off at some 14 bits, which adds up where all are of one sign.
-TOLERANCE = {"bfloat16": 2.5e-3, "float32": 2.5e-3 if ON_GPU else 20 * 2**-24}
+# tensor core sums products of FP8 in about 14 bits, which the interpreter does not.
+TOLERANCE = {"bfloat16": 2.5e-3, "float32": 5e-4 if ON_GPU else 20 * 2**-24}
 BF16, F32 = jnp.bfloat16, jnp.float32
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """Runs a function with its kernels: on a GPU if there is one, else interpreted as for 2 SMs."""
-    if ON_GPU:
-        yield run_on_gpu
-        return
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    monkeypatch.setattr(mosaic, "num_sms", lambda: 2)
-
-    def call(function, *arguments, detect_races=False):
-        params = plgpu.InterpretGPUParams(detect_races=detect_races)
-        with plgpu.force_gpu_interpret_mode(params):
-            # a new function: what was traced for another mode must not be reused
-            return jax.block_until_ready(jax.jit(lambda *a: function(*a))(*arguments))
-
-    yield call
-    gpu_callbacks.reset_gpu_interpret_mode_state()  # a failed kernel leaves its own
-
-
-def run_on_gpu(function, *arguments, detect_races=False):
-    """Runs a function on the GPU, in memory that held NaN before: what is not written shows."""
-    if detect_races:
-        pytest.skip("races are looked for by the interpreter")
-    compiled = jax.jit(lambda *a: function(*a)).lower(*arguments).compile()
-    sizes = [max(a.size, 1) for a in jax.tree.leaves(compiled.out_info)]
-    poison = [jnp.full((size,), jnp.nan, jnp.float32) for size in sizes for _ in range(2)]
-    jax.block_until_ready(poison)
-    del poison
-    return jax.block_until_ready(compiled(*arguments))
 
 
 def float64(q):
@@ -105,19 +69,6 @@ def grouped_operands(sizes, *, tokens=False):
     )
     along, w = quantized(x, w)
     return quantize_transposed(x, group_sizes=sizes) if tokens else along, w, sizes
-
-
-def assert_same(actual, expected):
-    """Asserts that quantised arrays are equal bit by bit."""
-    actual, expected = (
-        jax.tree.leaves(tree, is_leaf=lambda q: isinstance(q, QuantizedArray))
-        for tree in (actual, expected)
-    )
-    for got, wanted in zip(actual, expected, strict=True):
-        assert got.tile == wanted.tile and got.shape == wanted.shape
-        values = [np.asarray(q.values).view(np.uint8) for q in (got, wanted)]
-        np.testing.assert_array_equal(*values)
-        np.testing.assert_array_equal(got.scales, wanted.scales)
 
 
 @pytest.mark.parametrize(
@@ -297,93 +248,12 @@ def test_weight_gradients_of_groups(run, tile_m):
     tuning = WgradTuning(tile_m=tile_m, tile_n=96, stages=2)
     case = grouped_cases.Case(sizes=(130, 0, 127, 0), n=144, k=208, spare=1)
     x, _, sizes = grouped_cases.draw(case, jax.random.key(0))
-    arguments = quantized_tokens(x, x[:, : case.n], sizes)
+    # operands of their own: the tensor core cuts off most where products are of one sign
+    dy, _, _ = grouped_cases.draw(case, jax.random.key(1))
+    arguments = quantized_tokens(x, dy[:, : case.n], sizes)
     out = run(lambda *a: grouped_hopper.fp8_grouped_matmul_wgrad(*a, tuning), *arguments, sizes)
     expected = fp8_reference.fp8_grouped_matmul_wgrad(*arguments, sizes)
     assert_rows_close(out, expected, tolerance=TOLERANCE["float32"])
-
-
-SIZES = jnp.array([100, 0, 1], jnp.int32)
-
-
-def rows(m=200, k=272, dtype=BF16):
-    """Rows of many magnitudes; one is zero, and one has an infinity."""
-    x = np.array(normal(0, m, k)) * np.exp2(np.arange(m) % 23 - 11)[:, None]
-    x[9], x[7, 3] = 0, np.inf
-    return jnp.asarray(x, dtype)
-
-
-@pytest.mark.parametrize(
-    ("op", "arguments", "static"),
-    [
-        ("quantize", lambda: [rows()], [(1, 128), False]),
-        ("quantize", lambda: [rows()], [(1, 128), True]),
-        ("quantize", lambda: [rows(130, dtype=F32).reshape(2, 65, 272)], [(1, 128), True]),
-        ("quantize", lambda: [rows(10, 16)], [(1, 128), False]),
-        ("quantize", lambda: [rows()], [WEIGHT, False]),
-        ("quantize", lambda: [rows(390, 144, F32).reshape(2, 195, 144)], [WEIGHT, True]),
-        ("quantize_transposed", lambda: [rows(), None], [True]),
-        ("quantize_transposed", lambda: [rows(256, 144), SIZES], [False]),
-        ("quantize_both", lambda: [rows(129, 144), None], [(1, 128), False]),
-        ("quantize_both", lambda: [rows(256, 144), SIZES], [(1, 128), True]),
-        ("quantize_both", lambda: [rows(416, 144).reshape(2, 208, 144), None], [WEIGHT, False]),
-        ("quantize_both", lambda: [rows(208, 144, F32), None], [WEIGHT, True]),
-    ],
-    ids=[
-        "rows",
-        "power_of_two",
-        "float32",
-        "narrow",
-        "weight",
-        "weight-float32",
-        "transposed",
-        "transposed-masked",
-        "both",
-        "both-masked",
-        "both-weight",
-        "both-weight-float32",
-    ],
-)
-def test_quantisers(run, op, arguments, static):
-    arguments = arguments()
-
-    def of(backend):
-        return lambda *a: getattr(backend, op)(*a, *static)
-
-    assert_same(run(of(quantization_hopper), *arguments), jax.jit(of(reference))(*arguments))
-
-
-def test_what_no_quantiser_may_read_is_not_read(run):
-    """NaN in padding, and in one tile of another row."""
-    x = np.array(normal(0, 256, 144))
-    clean = np.where(np.arange(256)[:, None] < 100, x, 0)
-    x[100:], x[5, 130] = np.nan, np.nan
-    sizes = jnp.array([100], jnp.int32)
-    along, across = run(
-        lambda x: quantization_hopper.quantize_both(x, sizes, (1, 128), False), jnp.asarray(x, BF16)
-    )
-    expected = reference.quantize_both(jnp.asarray(clean, BF16), None, (1, 128), False)
-    spoiled = np.zeros((256, 144), bool)  # row 5's second tile, and column 130's first
-    spoiled[5, 128:], spoiled[:128, 130] = True, True
-    elsewhere = ~spoiled & (np.arange(256)[:, None] < 100)
-    np.testing.assert_array_equal(float64(along)[elsewhere], float64(expected[0])[elsewhere])
-    np.testing.assert_array_equal(float64(across).T[~spoiled], float64(expected[1]).T[~spoiled])
-    assert np.isnan(float64(along)[5, 130]) and np.isnan(float64(across)[130, 5])
-
-
-@pytest.mark.parametrize(
-    ("dtype", "power_of_two"), [(BF16, False), (F32, True)], ids=["bfloat16", "float32"]
-)
-def test_swiglu(run, dtype, power_of_two):
-    gate_up = normal(0, 130, 2 * 144, dtype=dtype) * 4
-    got = run(lambda x: quantization_hopper.swiglu_quantize(x, power_of_two), gate_up)
-    wanted = jax.jit(lambda x: reference.swiglu_quantize(x, power_of_two))(gate_up)
-    # the sigmoid may be rounded differently, and a number then fall to the other side: a step
-    np.testing.assert_allclose(got.scales, wanted.scales, rtol=2**-20)
-    scale = np.repeat(np.asarray(wanted.scales), 128, axis=1)[:, :144]
-    step = np.maximum(np.abs(float64(wanted)) * 2**-3, scale * 2**-9)
-    assert (np.abs(float64(got) - float64(wanted)) <= step * (1 + 2**-16)).all()
-    assert np.mean(float64(got) != float64(wanted)) < 1e-3
 
 
 def test_runs_are_identical(run):
@@ -396,18 +266,6 @@ def test_runs_are_identical(run):
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
-        (
-            lambda x: quantization_hopper.quantize(x, (1, 128), False),
-            lambda: [normal(0, 130, 272, dtype=BF16)],
-        ),
-        (
-            lambda x: quantization_hopper.quantize_both(x, None, WEIGHT, False),
-            lambda: [normal(0, 304, 272, dtype=BF16)],
-        ),
-        (
-            lambda x: quantization_hopper.quantize_both(x, None, (1, 128), False),
-            lambda: [normal(0, 130, 272, dtype=BF16)],
-        ),
         (
             lambda x, w: hopper.fp8_matmul(x, w, F32, Tuning(tile_n=64, stages=2, cluster=2)),
             lambda: matmul_operands(130, 136, 272),
@@ -440,9 +298,6 @@ def test_runs_are_identical(run):
         ),
     ],
     ids=[
-        "quantize",
-        "quantize_both-weight",
-        "quantize_both",
         "matmul-cluster",
         "matmul-waves",
         "weight-gradient",
@@ -451,23 +306,8 @@ def test_runs_are_identical(run):
         "weight-gradients-of-groups",
     ],
 )
-def test_there_are_no_races(run, capfd, monkeypatch, function, arguments):
-    """Arrivals are fenced here, in the interpreter's memory model alone.
-
-    It orders a read of SMEM before a later TMA into the same place by a fence of proxies only. On
-    the hardware the arrival that says a slot was read does, as in DeepGEMM and CUTLASS.
-    """
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    arrive = plgpu.barrier_arrive
-
-    def fence_and_arrive(barrier):
-        plgpu.commit_smem()
-        arrive(barrier)
-
-    monkeypatch.setattr(plgpu, "barrier_arrive", fence_and_arrive)
-    run(function, *arguments(), detect_races=True)
-    assert "RACE DETECTED" not in capfd.readouterr().out
+def test_there_are_no_races(assert_no_races, function, arguments):
+    assert_no_races(function, *arguments())
 
 
 def shapes(*sizes, dtype=BF16):

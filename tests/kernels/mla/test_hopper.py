@@ -1,4 +1,4 @@
-"""The MLA decode kernel: interpreted on the CPU, or run as it is where there is a Hopper GPU."""
+"""The MLA decode kernel, run as `tests/kernels/conftest.py` says, and lowered."""
 
 import functools
 import re
@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable
@@ -15,35 +14,14 @@ from whalejax.kernels.mla import hopper, plan_mla_decode
 from whalejax.kernels.testing import assert_rows_close
 
 pytestmark = pytest.mark.skipif(mosaic_unusable() is not None, reason=str(mosaic_unusable()))
-ON_GPU = jax.default_backend() == "gpu"
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Runs a function with its kernels: on a GPU if there is one, else interpreted."""
-    if ON_GPU:
-        yield run_on_gpu
-        return
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    monkeypatch.setattr(mosaic, "num_sms", lambda: 3)
-
-    def call(function, *, detect_races=False):
-        def compiled(*arguments):
-            params = plgpu.InterpretGPUParams(detect_races=detect_races)
-            with plgpu.force_gpu_interpret_mode(params):
-                return jax.block_until_ready(jax.jit(lambda *a: function(*a))(*arguments))
-
-        return compiled
-
-    yield call
-    gpu_callbacks.reset_gpu_interpret_mode_state()
-
-
-def run_on_gpu(function, *, detect_races=False):
-    if detect_races:
-        pytest.skip("races are looked for by the interpreter")
-    return jax.jit(function)
+def run(run, monkeypatch):
+    """The same, interpreted as for three multiprocessors: enough to cut a sequence twice."""
+    if jax.default_backend() != "gpu":
+        monkeypatch.setattr(mosaic, "num_sms", lambda: 3)
+    return run
 
 
 def decode(v_dim, causal=True, **options):
@@ -108,7 +86,7 @@ def truth(q, pages, table, lengths, v_dim, scale, causal):
 def test_equals_numpy_float64(run, lengths, sizes, causal):
     q, pages, table, lengths = draw(lengths, **sizes)
     v_dim, scale = q.shape[3] - 64, q.shape[3] ** -0.5
-    out, lse = run(decode(v_dim, causal))(q, pages, table, lengths)
+    out, lse = run(decode(v_dim, causal), q, pages, table, lengths)
     expected, expected_lse = truth(q, pages, table, lengths, v_dim, scale, causal)
     # weights are rounded to the cache's dtype, and so is the output
     assert_rows_close(out, expected, tolerance=5e-3)
@@ -118,39 +96,30 @@ def test_equals_numpy_float64(run, lengths, sizes, causal):
 @pytest.mark.parametrize("delayed", [True, False])
 def test_delayed_or_not(run, delayed):
     q, pages, table, lengths = draw([70, 0, 1, 300], s_q=2, heads=3)
-    out, _ = run(decode(128, delayed=delayed))(q, pages, table, lengths)
+    out, _ = run(decode(128, delayed=delayed), q, pages, table, lengths)
     expected, _ = truth(q, pages, table, lengths, 128, 192**-0.5, True)
     assert_rows_close(out, expected, tolerance=5e-3)
 
 
 def test_runs_are_identical(run):
     arguments = draw([70, 300], s_q=2)
-    first = run(decode(128))(*arguments)
-    for _ in range(20 if ON_GPU else 1):
-        jax.tree.map(np.testing.assert_array_equal, run(decode(128))(*arguments), first)
+    first = run(decode(128), *arguments)
+    for _ in range(20 if jax.default_backend() == "gpu" else 1):
+        jax.tree.map(np.testing.assert_array_equal, run(decode(128), *arguments), first)
 
 
 def test_a_plan_that_is_given_is_followed(run):
     q, pages, table, lengths = draw([70, 300])
     plan = plan_mla_decode(lengths, workers=2)
-    out, lse = run(lambda *a: decode(128)(*a, plan=plan))(q, pages, table, lengths)
+    out, lse = run(functools.partial(decode(128), plan=plan), q, pages, table, lengths)
     expected, expected_lse = truth(q, pages, table, lengths, 128, 192**-0.5, True)
     assert_rows_close(out, expected, tolerance=5e-3)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("delayed", [True, False])
-def test_there_are_no_races(run, capfd, monkeypatch, delayed):
-    """Arrivals are fenced here, in the interpreter's memory model alone; see the FP8 kernels'."""
-    arrive = plgpu.barrier_arrive
-
-    def fence_and_arrive(barrier, **options):
-        plgpu.commit_smem()
-        arrive(barrier, **options)
-
-    monkeypatch.setattr(plgpu, "barrier_arrive", fence_and_arrive)
-    run(decode(128, delayed=delayed), detect_races=True)(*draw([70, 200, 0], s_q=2, heads=5))
-    assert "RACE DETECTED" not in capfd.readouterr().out
+def test_there_are_no_races(assert_no_races, delayed):
+    assert_no_races(decode(128, delayed=delayed), *draw([70, 200, 0], s_q=2, heads=5))
 
 
 @pytest.mark.parametrize(
