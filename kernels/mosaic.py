@@ -12,9 +12,7 @@ NUM_SMS = 132  # of an H100 SXM, H200 and H20; assumed where there is no GPU to 
 LOADER_REGISTERS, MATH_REGISTERS = 24, 240  # of a thread, one loading and two math warpgroups
 
 
-def place(
-    i: Any, rows: Any, columns: Any, width: int, bands: str = "rows", xp: Any = jnp
-) -> tuple[Any, Any]:
+def place(i: Any, rows: Any, columns: Any, width: Any, bands: str = "rows") -> tuple[Any, Any]:
     """Row and column of the i-th tile of a grid, in an order that keeps tiles' operands in the L2.
 
     Tiles are walked in bands of `width` rows, column by column, every other band backwards. Or in
@@ -25,15 +23,14 @@ def place(
       rows, columns: of the grid: an int, or an int32 scalar known on the device alone.
       width: of a band.
       bands: of `"rows"` or `"columns"`.
-      xp: `jax.numpy`, or numpy.
     """
     if bands == "columns":
-        column, row = place(i, columns, rows, width, xp=xp)
+        column, row = place(i, columns, rows, width)
         return row, column
     band, inside = i // (width * columns), i % (width * columns)
-    in_band = xp.maximum(xp.minimum(width, rows - band * width), 1)
+    in_band = jnp.maximum(jnp.minimum(width, rows - band * width), 1)
     column = inside // in_band
-    column = xp.where(band % 2 == 1, columns - 1 - column, column)
+    column = jnp.where(band % 2 == 1, columns - 1 - column, column)
     return band * width + inside % in_band, column
 
 

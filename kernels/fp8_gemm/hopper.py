@@ -5,12 +5,7 @@ import jax.numpy as jnp
 
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, no_gpu
-from whalejax.kernels.fp8_gemm.tuning import (
-    Tuning,
-    WgradTuning,
-    pick,
-    pick_wgrad,
-)
+from whalejax.kernels.fp8_gemm.tuning import Tuning, WgradTuning, pick, pick_wgrad
 from whalejax.kernels.mosaic import SMEM_BYTES
 from whalejax.kernels.quantization import QuantizedArray
 

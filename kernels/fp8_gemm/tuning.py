@@ -197,14 +197,13 @@ def candidates(m: int, n: int, k: int, out_itemsize: int, groups: int = 1) -> li
     else:
         heights[128] = wide, [alone, above]
         heights[256] = [n for n in wide if 64 <= n <= 128], [beside, alone]
-    return [
-        t
+    found = [
+        deepest(k, out_itemsize, groups, tile_m=tile_m, tile_n=tile_n, cluster=cluster, share=share)
         for tile_m, (widths, clusters) in heights.items()
         for tile_n in widths
         for cluster, share in clusters
-        for sizes in [{"tile_m": tile_m, "tile_n": tile_n, "cluster": cluster, "share": share}]
-        if (t := deepest(k, out_itemsize, groups, **sizes))
     ]
+    return [t for t in found if t is not None]
 
 
 def deepest(k: int, out_itemsize: int, groups: int = 1, **sizes: Any) -> Tuning | None:

@@ -7,8 +7,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from whalejax.kernels.mla.plan import BLOCK
-from whalejax.kernels.mla.worker import BY_ROW, F32, ROWS, SLOTS, Step, Warpgroup
+from whalejax.kernels.mla.sizes import BLOCK, ROWS
+from whalejax.kernels.mla.worker import BY_ROW, F32, SLOTS, Step, Warpgroup
 from whalejax.kernels.mosaic import interpreted
 
 
@@ -125,11 +125,14 @@ def add_product(acc, x, w):
 
     def multiply(acc):
         plgpu.wgmma(acc, x, w)
-        if interpreted():
-            return plgpu.wgmma_accumulator_load(acc)
         plgpu.wgmma_wait(0)
-        return None
 
-    if interpreted():  # which has no accumulators that start with a value
-        return acc + pl.run_scoped(multiply, plgpu.ACC(acc.shape, F32))
-    return pl.run_state(multiply)(plgpu.ACC.init(acc))
+    if not interpreted():
+        return pl.run_state(multiply)(plgpu.ACC.init(acc))
+
+    def product(acc):
+        plgpu.wgmma(acc, x, w)
+        return plgpu.wgmma_accumulator_load(acc)
+
+    # the interpreter has no accumulators that start with a value
+    return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, F32))

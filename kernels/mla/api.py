@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from whalejax.kernels.backend import choose, unusable
+from whalejax.kernels.backend import choose, unusable, vary_like
 from whalejax.kernels.mla.pages import FP8Pages
 from whalejax.kernels.mla.plan import Plan
 
@@ -94,9 +94,9 @@ def mla_decode(
     backend = choose("mla_decode", BACKENDS, implementation, q, kv_pages, v_dim)
     if implementation and (reason := unusable(BACKENDS[implementation])):
         raise NotImplementedError(f"mla_decode: {implementation!r} cannot run: {reason}")
-    return backend.mla_decode(
-        q, kv_pages, page_table, lengths, v_dim=v_dim, scale=scale, causal=causal, plan=plan
-    )
+    arrays = q, kv_pages, page_table, lengths
+    found = backend.mla_decode(*arrays, v_dim=v_dim, scale=scale, causal=causal, plan=plan)
+    return vary_like(found, arrays)
 
 
 def append(

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, no_gpu
 from whalejax.kernels.mla.pages import FP8Pages
-from whalejax.kernels.mla.plan import BLOCK, Plan, plan_mla_decode
+from whalejax.kernels.mla.plan import Plan, plan_mla_decode
+from whalejax.kernels.mla.sizes import BLOCK, ROPE, ROWS, num_tiles
 
 DTYPES = (jnp.bfloat16, jnp.float16)
-ROPE = 64
 
 
 def unusable() -> str | None:
@@ -37,7 +37,7 @@ def why_not(q: jax.Array, kv_pages: jax.Array | FP8Pages, v_dim: int) -> str | N
 
 def mla_workers(s_q: int, heads: int) -> int:
     """How many work at the same time: each is a CTA for every 64 rows of queries."""
-    return max(mosaic.num_sms() // -(-s_q * heads // 64), 1)
+    return max(mosaic.num_sms() // num_tiles(s_q, heads), 1)
 
 
 def mla_decode(
@@ -72,7 +72,7 @@ def mla_decode(
         page_blocks=kv_pages.shape[1] // BLOCK,
         scale=scale,
         causal=causal,
-        delayed=s_q * heads > 64 if delayed is None else delayed,
+        delayed=s_q * heads > ROWS if delayed is None else delayed,
         dtype=q.dtype,
     )
     num_rows, blocks = s_q * heads, kv_pages.reshape(-1, BLOCK, d)

@@ -25,9 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.mla.accumulator import Accumulator
-from whalejax.kernels.mla.plan import BLOCK
 from whalejax.kernels.mla.scorer import Scorer
-from whalejax.kernels.mla.worker import F32, ROPE, ROWS, SLOTS, Problem, Refs
+from whalejax.kernels.mla.sizes import BLOCK, ROPE, ROWS
+from whalejax.kernels.mla.worker import F32, SLOTS, Problem, Refs
 from whalejax.kernels.mosaic import transforms
 
 ACCUMULATOR_REGISTERS, SCORER_REGISTERS = 160, 184

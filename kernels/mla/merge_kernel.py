@@ -1,7 +1,7 @@
 """Merges the pieces of sequences that the plan of a paged decode cuts.
 
-A CTA takes 32 columns of 64 rows of queries of one such sequence, and goes through its pieces,
-largest score by largest score, as the decode itself goes through blocks.
+A CTA takes 32 columns of 64 rows of queries of one such sequence, and adds up its pieces one after
+another; like the decode among blocks, it rescales what it has when a larger score turns up.
 """
 
 from typing import Any
@@ -12,7 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.mla.plan import CUTS, SEQUENCE
-from whalejax.kernels.mla.worker import BY_ROW, F32, REAL, ROWS, Problem, by_row, natural
+from whalejax.kernels.mla.sizes import ROWS
+from whalejax.kernels.mla.worker import BY_ROW, F32, REAL, Problem, by_row, natural
 from whalejax.kernels.mosaic import compiler_params, transforms
 
 COLUMNS = 32

@@ -11,9 +11,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-BLOCK = 64  # keys that a worker takes at a time; a page is one or two blocks
+from whalejax.kernels.mla.sizes import BLOCK
+
 PIECE_CELLS = 2  # what a piece costs beside its blocks, in their time
-FEW = 1024
+FEW = 1024  # sequences whose cells one kernel sums
 SEQUENCE, FIRST, CUTS = range(3)
 
 

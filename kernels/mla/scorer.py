@@ -8,18 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from whalejax.kernels.mla.plan import BLOCK
-from whalejax.kernels.mla.worker import (
-    F32,
-    NEVER,
-    REAL,
-    ROPE,
-    ROWS,
-    SLOTS,
-    Warpgroup,
-    by_row,
-    natural,
-)
+from whalejax.kernels.mla.sizes import BLOCK, ROPE, ROWS
+from whalejax.kernels.mla.worker import F32, NEVER, REAL, SLOTS, Warpgroup, by_row, natural
 from whalejax.kernels.mosaic import interpreted
 
 

@@ -11,14 +11,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.mla.plan import FIRST, SEQUENCE, num_blocks
+from whalejax.kernels.mla.sizes import ROWS, num_tiles
 
 F32 = jnp.float32
-ROWS = 64  # of queries in a tile
 SLOTS = 3  # blocks under way
-ROPE = 64  # columns of keys behind the values
 NEVER = -1e30  # a score that counts for nothing: an infinity would leave NaN behind
 REAL = -1e20  # every score that counts is larger, and every other smaller
-BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class Problem:
     @property
     def tiles(self) -> int:
         """Tiles of 64 rows of queries."""
-        return -(-self.s_q * self.heads // ROWS)
+        return num_tiles(self.s_q, self.heads)
 
     @property
     def rows(self) -> int:
@@ -156,13 +155,13 @@ class Warpgroup:
         p, (sequence, block) = self.p, step
         real = sequence < self.stop
 
-        @pl.when(real & (step.block >= 0))
+        @pl.when(real & (block >= 0))
         def _keys():
             page = self.refs.table[sequence, lax.div(block, p.page_blocks)]
             number = page * p.page_blocks + lax.rem(block, p.page_blocks)
             plgpu.copy_gmem_to_smem(self.refs.kv.at[number, :, columns], target, barrier)
 
-        @pl.when(real & (step.block < 0))
+        @pl.when(real & (block < 0))
         def _queries():
             rows = pl.ds(self.tile * ROWS, ROWS)
             plgpu.copy_gmem_to_smem(self.refs.q.at[sequence, rows, columns], target, barrier)

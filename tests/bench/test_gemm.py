@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from whalejax.bench import gemm, timing
+from whalejax.bench import gemm, report, timing
 from whalejax.kernels.fp8_gemm.cases import LAYERS, Case, random_cases
 
 
@@ -16,7 +16,7 @@ def rows_of(capsys):
 
 def test_prints_a_row_of_each_and_a_table_last(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gemm, "SMALL", (Case(m=8, n=24, k=48),))
-    monkeypatch.setattr(gemm, "measure", lambda found, **_: timing.measure(found, calls=1))
+    monkeypatch.setattr(report, "measure", lambda found, **_: timing.measure(found, calls=1))
     out = tmp_path / "rows.jsonl"
     sections = ["dense", "random", "wgrad", "kgrouped", "mlp", "masked"]
     gemm.main(["--sections", *sections, "--rounds", "1", "--out", str(out)])
@@ -34,17 +34,23 @@ def test_prints_a_row_of_each_and_a_table_last(monkeypatch, capsys, tmp_path):
     assert out.read_text().splitlines() == [line for line in lines if line.startswith("{")]
 
 
-def test_refuses_to_tune_without_a_gpu(capsys):
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [(["--tune"], "it needs a CUDA GPU"), (["--rounds", "0"], "--rounds: 0 must be at least 1")],
+)
+def test_refuses_before_a_file_is_begun(capsys, tmp_path, option, says):
+    out = tmp_path / "rows.jsonl"
+    out.write_text("of another run")
     with pytest.raises(SystemExit, match="2"):
-        gemm.main(["--tune"])
-    assert "it needs a CUDA GPU" in capsys.readouterr().err
+        gemm.main([*option, "--out", str(out)])
+    assert says in capsys.readouterr().err and out.read_text() == "of another run"
 
 
 def test_worst_row_sees_one_wrong_row():
     wanted = jnp.ones((4, 8)).at[3].set(0)
-    assert gemm.worst_row(wanted, wanted) == 0
-    assert gemm.worst_row(wanted.at[2, 0].set(0), wanted) == pytest.approx(8**-0.5)
-    assert gemm.worst_row(wanted.at[3, 0].set(1), wanted) == float("inf")  # should be zero
+    assert report.worst_row(wanted, wanted) == 0
+    assert report.worst_row(wanted.at[2, 0].set(0), wanted) == pytest.approx(8**-0.5)
+    assert report.worst_row(wanted.at[3, 0].set(1), wanted) == float("inf")  # should be zero
 
 
 def test_an_expert_has_the_gradients_of_swiglu():

@@ -1,10 +1,10 @@
 import json
 
-from whalejax.bench import mla, timing
+from whalejax.bench import mla, report, timing
 
 
 def test_prints_a_row_of_each_and_a_table_last(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(mla, "measure", lambda found, **_: timing.measure(found, calls=1))
+    monkeypatch.setattr(report, "measure", lambda found, **_: timing.measure(found, calls=1))
     out = tmp_path / "rows.jsonl"
     mla.main(["--rounds", "1", "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
@@ -13,5 +13,7 @@ def test_prints_a_row_of_each_and_a_table_last(monkeypatch, capsys, tmp_path):
     for row in rows:
         assert row["burst_us"] > 0 and {"timer", "device", "versions", "command"} <= row.keys()
     assert rows[1]["worst_row_error"] < 1e-6 and rows[1]["burst_gbs"] >= 0
-    assert lines[-1].startswith("b2 k100 varied h4 s2") and lines[-1].rstrip().endswith("us")
+    assert lines[-1].startswith("mla_decode b2 k100 varied h4 s2") and lines[-1].rstrip().endswith(
+        "us"
+    )
     assert out.read_text().splitlines() == [line for line in lines if line.startswith("{")]

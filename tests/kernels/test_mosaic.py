@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +16,18 @@ GRIDS = {
 }
 
 
+NUMBERS = np.arange(40 * 20, dtype=np.int32)
+
+
+@functools.partial(jax.jit, static_argnames="bands")
+def placed(rows, columns, width, bands):
+    return mosaic.place(NUMBERS, rows, columns, width, bands)
+
+
 def walked(rows, columns, width, bands="rows"):
     """All tiles of a grid, in order."""
-    numbers = np.arange(rows * columns, dtype=np.int32)
-    row, column = mosaic.place(numbers, rows, columns, width, bands, xp=np)
-    return list(zip(row.tolist(), column.tolist(), strict=True))
+    row, column = placed(rows, columns, width, bands)
+    return list(zip(row.tolist(), column.tolist(), strict=True))[: rows * columns]
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)

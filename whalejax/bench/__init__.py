@@ -1,3 +1,3 @@
 """Benchmarks: one module an area; `SHARED` names those that benchmarks are made of."""
 
-SHARED = ("peers", "timing")
+SHARED = ("peers", "report", "timing")

@@ -8,21 +8,17 @@ kernels read before they ask the cost model. Peers (`whalejax.bench.peers`) appe
 installed.
 """
 
-import argparse
 import functools
-import json
-import platform
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from whalejax.bench import peers
-from whalejax.bench.timing import Candidate, Times, measure, rotate, timer
+from whalejax.bench import peers, report
+from whalejax.bench.report import Bench, ours, worst_row
+from whalejax.bench.timing import rotate
 from whalejax.kernels import fp8_gemm, grouped_gemm, quantization
 from whalejax.kernels.fp8_gemm import cases as dense_cases
 from whalejax.kernels.fp8_gemm import reference as dense_reference
@@ -38,65 +34,10 @@ from whalejax.kernels.grouped_gemm import fp8_reference as grouped_reference
 
 SMALL = (dense_cases.Case(m=64, n=256, k=512), dense_cases.Case(m=256, n=384, k=256))  # on a CPU
 TUNED_CANDIDATES = 8  # by the cost model, of each shape
-COPY_ELEMENTS = 2**29  # bfloat16: 1 GiB
 QUANTISED = (8192, 7168)  # tokens and hidden size of DeepSeek-V3
 EXPERT = (4096, 7168, 2048)  # tokens, hidden size and width of an expert
 
 
-class Bench:
-    """Collects rows: prints each as JSON, and all of them as a table at the end."""
-
-    def __init__(self, arguments: argparse.Namespace, command_line: Sequence[str]):
-        self.arguments = arguments
-        self.rows: list[dict[str, Any]] = []
-        self.context = {
-            "timer": timer(),
-            "device": jax.devices()[0].device_kind,
-            "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": " ".join(["python -m whalejax.bench.gemm", *command_line]),
-        }
-
-    def time(
-        self,
-        op: str,
-        case: str,
-        found: list[Candidate],
-        *,
-        flops: float = 0,
-        moved: float = 0,
-        errors: dict[str, float] | None = None,
-    ) -> dict[str, Times]:
-        """Times candidates in turn and keeps a row of each."""
-        times = measure(found, rounds=self.arguments.rounds, sustained_s=self.arguments.sustained)
-        for name, measured in times.items():
-            row = {"op": op, "case": case, "implementation": name} | measured.row()
-            for kind in ("burst", "sustained"):
-                us = row[f"{kind}_us"]
-                row[f"{kind}_tflops"] = round(flops / us / 1e6, 1) if flops else None
-                row[f"{kind}_gbs"] = round(moved / us / 1e3) if moved else None
-            if errors and name in errors:
-                row["worst_row_error"] = float(f"{errors[name]:.3g}")
-            self.rows.append(row)
-            line = json.dumps(row | self.context)
-            print(line, flush=True)
-            if self.arguments.out:  # at once: an interrupted run keeps what it measured
-                with self.arguments.out.open("a") as file:
-                    file.write(line + "\n")
-        return times
-
-    def table(self) -> None:
-        """Prints the rows, burst and sustained."""
-        for row in self.rows:
-            unit = "gbs" if row["burst_tflops"] is None else "tflops"
-            figures = [row[f"{kind}_{unit}"] for kind in KINDS]
-            unit = {"gbs": "GB/s", "tflops": "TFLOP/s"}[unit]
-            print(
-                f"{row['op']:<11}{row['case']:<30}{row['implementation']:<20}"
-                f"{row['burst_us']:>9.1f} us {figures[0]:>7} {figures[1]:>7} {unit}"
-            )
-
-
-KINDS = ("burst", "sustained")
 SECTIONS = (
     "ceilings",
     "dense",
@@ -110,26 +51,10 @@ SECTIONS = (
 )
 
 
-def worst_row(actual: jax.Array, wanted: jax.Array) -> float:
-    """The worst of `kernels.testing.row_errors`, in float32, computed where the arrays are."""
-    wanted = wanted.astype(jnp.float32)
-    size = jnp.linalg.norm(wanted, axis=-1)
-    error = jnp.linalg.norm(actual.astype(jnp.float32) - wanted, axis=-1)
-    return float(jnp.max(jnp.where(error == 0, 0, error / size)))
-
-
-def ours(f: Callable, sets: list[tuple], name: str = "whalejax") -> Candidate:
-    """A candidate of a function of ours."""
-    return Candidate(name, jax.jit(f).lower(*sets[0]).compile(), sets)
-
-
 def ceilings(bench: Bench) -> None:
     """What the card can do: moving bytes, and multiplying in bf16."""
-    on_gpu = jax.default_backend() == "gpu"
-    x = jax.random.normal(jax.random.key(0), (COPY_ELEMENTS if on_gpu else 2**20,), jnp.bfloat16)
-    copy = ours(lambda x: x + jnp.asarray(1, x.dtype), [(x,)], "copy")
-    bench.time("ceiling", f"{x.nbytes / 2**20:.0f} MiB", [copy], moved=2 * x.nbytes)
-    size = 8192 if on_gpu else 512
+    bench.copy()
+    size = 8192 if jax.default_backend() == "gpu" else 512
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in (1, 2))
     matmul = ours(lambda a, b: a @ b.T, [(a, b)], "xla bf16")
     bench.time("ceiling", f"{size}x{size}x{size}", [matmul], flops=2 * size**3)
@@ -355,22 +280,15 @@ def tune(bench: Bench, cases: tuple) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the sections that were asked for."""
-    parser = argparse.ArgumentParser(prog="python -m whalejax.bench.gemm", description=__doc__)
+    parser = report.parser("gemm", __doc__)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--tune", action="store_true", help="measure and store tunings instead")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every implementation")
-    parser.add_argument("--sustained", type=float, default=0.2, help="seconds of a turn under load")
-    parser.add_argument("--out", type=Path, help="a file for the rows, as JSON lines")
     args = sys.argv[1:] if args is None else args
     arguments = parser.parse_args(args)
-    if arguments.rounds < 1:
-        parser.error(f"--rounds={arguments.rounds} must be at least 1")
     on_gpu = jax.default_backend() == "gpu"
     if arguments.tune and not on_gpu:
         parser.error("--tune measures kernels: it needs a CUDA GPU")
-    bench = Bench(arguments, args)
-    if arguments.out:
-        arguments.out.write_text("")  # a path that cannot be written fails before anything is timed
+    bench = Bench("gemm", arguments, args)
     dense_all = dense_cases.BENCHMARK_CASES if on_gpu else SMALL
     runs: dict[str, Callable[[], None]] = {
         "ceilings": lambda: ceilings(bench),

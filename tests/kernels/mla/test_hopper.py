@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from whalejax.kernels import mosaic
-from whalejax.kernels.backend import mosaic_unusable
+from whalejax.kernels.backend import mosaic_unusable, vary_like
 from whalejax.kernels.mla import hopper, plan_mla_decode
 from whalejax.kernels.testing import assert_rows_close
 
@@ -138,4 +138,26 @@ def test_lowers_for_cuda(v_dim, heads, s_q, dtype):
         )
     ]
     lowered = jax.jit(decode(v_dim)).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert len(re.findall(r"custom_call @mosaic_gpu", lowered.as_text())) == 2
+
+
+def test_lowers_inside_shard_map():
+    """Where what a device holds is typed as its own."""
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("batch")
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((4, 1, 16, 576), jnp.bfloat16),
+            ((8, 64, 576), jnp.bfloat16),
+            ((4, 2), jnp.int32),
+            ((4,), jnp.int32),
+        )
+    ]
+
+    def attend(*arguments):
+        return vary_like(decode(512)(*arguments), arguments)
+
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec)
+    lowered = jax.jit(sharded).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert len(re.findall(r"custom_call @mosaic_gpu", lowered.as_text())) == 2

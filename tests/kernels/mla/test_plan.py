@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whalejax.kernels.mla import plan
-from whalejax.kernels.mla.plan import BLOCK, PIECE_CELLS, cumsum, plan_mla_decode
+from whalejax.kernels.mla.plan import PIECE_CELLS, cumsum, plan_mla_decode
+from whalejax.kernels.mla.sizes import BLOCK
 
 LENGTHS = st.sampled_from([1, 3, 16]).flatmap(
     lambda batch: st.lists(
