@@ -79,6 +79,11 @@ def mla_decode(
             f"mla_decode: page_table.shape={page_table.shape} must be [b, max_pages] and "
             f"lengths.shape={lengths.shape} [b] for b={batch}"
         )
+    if page_table.dtype != jnp.int32 or lengths.dtype != jnp.int32:
+        raise ValueError(
+            f"mla_decode: page_table.dtype={page_table.dtype} and lengths.dtype={lengths.dtype} "
+            f"must be int32"
+        )
     if not 0 < v_dim <= q.shape[3]:
         raise ValueError(f"mla_decode: v_dim={v_dim} must lie in 1..d={q.shape[3]}")
     if q.dtype != kv_pages.dtype:

@@ -82,6 +82,8 @@ def test_append_writes_only_its_slots():
         (lambda q, p, t, n: (q, p[..., :-1], t, n), r"kv_pages.shape=\(\d+, 8, 19\)"),
         (lambda q, p, t, n: (q, p, t, n[:-1]), r"lengths.shape=\(1,\)"),
         (lambda q, p, t, n: (q.astype(jnp.bfloat16), p, t, n), "q.dtype=bfloat16"),
+        (lambda q, p, t, n: (q, p, t.astype(float), n), "page_table.dtype=float32"),
+        (lambda q, p, t, n: (q, p, t, n.astype(float)), "lengths.dtype=float32 must be int32"),
     ],
 )
 def test_what_does_not_fit_is_printed(change, says):
