@@ -38,8 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from whalejax.kernels.fp8_gemm import tensor_core
 from whalejax.kernels.fp8_gemm.tuning import (
     BLOCK_K,
-    GROUP_FIELDS,
-    ITEM_WORDS,
+    WALK_WORDS,
     WARPGROUP_ROWS,
     Tuning,
 )
@@ -110,8 +109,7 @@ class Refs(NamedTuple):
     XS: Any
     WS: Any
     OUT: Any
-    ITEMS: Any
-    GROUPS: Any
+    WALK: Any
     full: Any
     empty: Any
 
@@ -178,8 +176,7 @@ def build(p: Problem, t: Tuning, ctas: int):
                 p.out_dtype,
                 transforms=transforms(panel, p.out_dtype),
             ),
-            plgpu.SMEM((t.stages, ITEM_WORDS), jnp.int32),
-            plgpu.SMEM((GROUP_FIELDS, p.groups + 1), jnp.int32),
+            plgpu.SMEM((t.stages + p.groups + 1, WALK_WORDS), jnp.int32),
             plgpu.Barrier(num_arrivals=COPIES, num_barriers=t.stages),
             empty,
         ],
@@ -213,12 +210,12 @@ def load_items(p: Problem, t: Tuning, refs: Refs) -> None:
     An item's first slot says which it is.
     """
     X, W = for_tma(refs.X, p.m, p.k), for_tma(refs.W, p.n, p.k)
-    peers = "peer" if t.cluster > 1 else None
-    x_peers, w_peers = (peers, None) if t.share == "x" else (None, peers)
     count, item_at = walk(p, t, refs)
-    refs.ITEMS[0, COUNT] = count
+    refs.WALK[0, COUNT] = count
 
-    def real(item, g):
+    def real(share, item, g):
+        peers = "peer" if t.cluster > 1 else None
+        x_peers, w_peers = (peers, None) if share == "x" else (None, peers)
         rows = pl.ds(item.row * WARPGROUP_ROWS, t.tile_m)
         first_column = item.column * t.tile_n
         columns = pl.ds(first_column, t.tile_n)
@@ -247,10 +244,13 @@ def load_items(p: Problem, t: Tuning, refs: Refs) -> None:
         return g + 1
 
     def load_item(i, g):
-        item = item_at(i)
-        if not p.masked:
-            return real(item, g)
-        return lax.cond(is_real(t, item.filled), real, padding, item, g)
+        item, beside = item_at(i)
+        load = functools.partial(real, t.share)
+        if beside is not False:
+            load = functools.partial(lax.cond, beside, functools.partial(real, "x"), load)
+        if p.masked:
+            return lax.cond(is_real(t, item.filled), load, padding, item, g)
+        return load(item, g)
 
     drain(t, refs, lax.fori_loop(0, count, load_item, 0))
 
@@ -258,7 +258,7 @@ def load_items(p: Problem, t: Tuning, refs: Refs) -> None:
 def announce(refs: Any, item: tuple, slot: jax.Array) -> None:
     """Leaves an item in SMEM for those who await this slot."""
     for field, value in enumerate(item):
-        refs.ITEMS[slot, field] = value
+        refs.WALK[slot, field] = value
 
 
 def load_nothing(t: Tuning, refs: Any, item: tuple, g: jax.Array) -> None:
@@ -292,7 +292,7 @@ def multiply_items(p: Problem, t: Tuning, refs: Refs, wg: jax.Array) -> None:
     plgpu.barrier_wait(refs.full.at[0])
 
     def item(_, slot):
-        tile = Item(*(refs.ITEMS[slot, field] for field in range(FIELDS)))
+        tile = Item(*(refs.WALK[slot, field] for field in range(FIELDS)))
         branches = [
             functools.partial(multiply_item, p, t, refs, wg, segments(offset, t), tile, slot)
             for offset in starts
@@ -302,23 +302,31 @@ def multiply_items(p: Problem, t: Tuning, refs: Refs, wg: jax.Array) -> None:
             switch(which, branches)
             return lax.rem(slot + p.num_k, t.stages)
 
-        real = is_real(t, tile.filled)
+        slots = jnp.where(is_real(t, tile.filled), p.num_k, 1)
+        mine = tile.filled > first_row(t, wg, 0)  # the tensor core is the other's alone, else
 
-        @pl.when(real)
+        @pl.when(mine)
         def _real():
             switch(which, branches)
 
-        @pl.when(~real)
+        @pl.when(~mine)
         def _padding():
-            parts, following = segments(0, t), next_slot(t.stages, slot)
-            plgpu.barrier_arrive(refs.empty.at[slot])
+            parts = segments(0, t)
+            lax.fori_loop(0, slots, functools.partial(pass_by, t, refs), slot)
             store(p, t, refs, wg, tile, parts, [zeros(parts)] * t.waves)
-            plgpu.barrier_wait(refs.full.at[following])
 
-        return lax.rem(slot + jnp.where(real, p.num_k, 1), t.stages)
+        return lax.rem(slot + slots, t.stages)
 
-    lax.fori_loop(0, refs.ITEMS[0, COUNT], item, 0)
+    lax.fori_loop(0, refs.WALK[0, COUNT], item, 0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def pass_by(t: Tuning, refs: Refs, _, slot: jax.Array) -> jax.Array:
+    """Lets go of a slot, and awaits the next."""
+    plgpu.barrier_arrive(refs.empty.at[slot])
+    following = next_slot(t.stages, slot)
+    plgpu.barrier_wait(refs.full.at[following])
+    return following
 
 
 def switch(which, branches):
@@ -394,6 +402,12 @@ def columns_of(product, segment):
     return product if last - first == product.shape[1] else product[:, first:last]
 
 
+def clear_rows(acc, real):
+    """The first `real` rows, and zeros."""
+    row = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=plgpu.Layout.WGMMA)
+    return jnp.where(row < real, acc, 0.0)
+
+
 def store(p, t, refs, wg, tile, parts, accs):
     """Rounds an item's rows to the output's dtype and sends them off through SMEM."""
     *_, num_panels, _, panel = refs.OUT.shape
@@ -404,8 +418,7 @@ def store(p, t, refs, wg, tile, parts, accs):
         for s, acc in zip(parts, of_wave, strict=True):
             if p.masked:
                 real = filled - first_row(t, wg, wave)
-                index = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=plgpu.Layout.WGMMA)
-                acc = jnp.where(index < real, acc, 0.0)
+                acc = lax.cond(real < WARPGROUP_ROWS, clear_rows, lambda acc, _: acc, acc, real)
             acc = acc.astype(p.out_dtype)
             for first in range(s.first, s.last, panel):
                 last = min(first + panel, s.last)

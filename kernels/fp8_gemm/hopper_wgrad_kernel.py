@@ -31,12 +31,11 @@ from whalejax.kernels.fp8_gemm.hopper_kernel import (
 )
 from whalejax.kernels.fp8_gemm.tuning import (
     BLOCK_K,
-    GROUP_FIELDS,
-    ITEM_WORDS,
+    WALK_WORDS,
     WARPGROUP_ROWS,
     WgradTuning,
 )
-from whalejax.kernels.fp8_gemm.walk import COUNT, SIZE, START, fill
+from whalejax.kernels.fp8_gemm.walk import COUNT, PACKED, SIZE, fill, table_of_groups
 from whalejax.kernels.groups import ALIGNMENT, aligned
 from whalejax.kernels.mosaic import (
     LOADER_REGISTERS,
@@ -95,8 +94,7 @@ class Refs(NamedTuple):
     DYS: Any
     XS: Any
     OUT: Any
-    ITEMS: Any
-    GROUPS: Any
+    WALK: Any
     full: Any
     empty: Any
 
@@ -137,8 +135,7 @@ def build(p: Problem, t: WgradTuning, ctas: int):
                 F32,
                 transforms=transforms(PANEL, F32),
             ),
-            plgpu.SMEM((t.stages, ITEM_WORDS), jnp.int32),
-            plgpu.SMEM((GROUP_FIELDS, p.groups + 1), jnp.int32),
+            plgpu.SMEM((t.stages + p.groups + 1, WALK_WORDS), jnp.int32),
             plgpu.Barrier(num_arrivals=COPIES, num_barriers=t.stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=t.stages),
         ],
@@ -154,7 +151,7 @@ def build(p: Problem, t: WgradTuning, ctas: int):
 def walk(p: Problem, t: WgradTuning, refs: Refs) -> tuple[jax.Array, Any]:
     """How many items a CTA has, and the function that computes its i-th; see `walk.walk`."""
     if p.grouped:
-        fill(refs.GROUPS, p.groups, refs.sizes, ALIGNMENT)
+        fill(table_of_groups(p, t, refs), p.groups, refs.sizes, lambda size: 0)
     rows, columns = -(-p.n // t.tile_m), -(-p.k // t.tile_n)
     cta, ctas = lax.axis_index("cta"), lax.axis_size("cta")
 
@@ -163,7 +160,8 @@ def walk(p: Problem, t: WgradTuning, refs: Refs) -> tuple[jax.Array, Any]:
         if not p.grouped:
             return Item(row, column, 0, 0, -(-p.m // BLOCK_K))
         group = lax.div(row, rows)
-        first, size = refs.GROUPS[START, group], refs.GROUPS[SIZE, group]
+        table = table_of_groups(p, t, refs)
+        first, size = table[group, PACKED], table[group, SIZE]
         blocks = lax.div(aligned(size, ALIGNMENT), BLOCK_K)
         return Item(lax.rem(row, rows), column, group, lax.div(first, BLOCK_K), blocks)
 
@@ -174,7 +172,7 @@ def load_items(p: Problem, t: WgradTuning, refs: Refs) -> None:
     """Fills slots with blocks of tokens of both operands and their scales, item after item."""
     DY, X = for_tma(refs.DY, p.n, p.m), for_tma(refs.X, p.k, p.m)
     count, item_at = walk(p, t, refs)
-    refs.ITEMS[0, COUNT] = count
+    refs.WALK[0, COUNT] = count
 
     def load_item(i, g):
         item = item_at(i)
@@ -212,7 +210,7 @@ def multiply_items(p, t: WgradTuning, refs: Refs, wg: jax.Array) -> None:
     plgpu.barrier_wait(refs.full.at[0])
 
     def item(_, slot):
-        tile = Item(*(refs.ITEMS[slot, field] for field in range(len(Item._fields))))
+        tile = Item(*(refs.WALK[slot, field] for field in range(len(Item._fields))))
         store_item = functools.partial(store, p, t, refs, wg, tile)
         if not p.grouped:
             store_item(multiply_item(t, refs, wg, slot, tile.blocks))
@@ -231,7 +229,7 @@ def multiply_items(p, t: WgradTuning, refs: Refs, wg: jax.Array) -> None:
 
         return lax.rem(slot + jnp.maximum(tile.blocks, 1), t.stages)
 
-    lax.fori_loop(0, refs.ITEMS[0, COUNT], item, 0)
+    lax.fori_loop(0, refs.WALK[0, COUNT], item, 0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,16 @@ from whalejax.kernels.mosaic import SMEM_BYTES, rounded
 
 BLOCK_K = 128  # elements of K that share a scale: one slot of the ring
 WARPGROUP_ROWS = 64  # rows of a wgmma
+PANEL_ROWS = 8  # rows of an operand that a CTA of a cluster loads at least
 MAX_STAGES = 16
-ITEM_WORDS = 8  # int32 that say in SMEM which item a slot belongs to
-GROUP_FIELDS = 3  # int32 that say in SMEM where a group lies
+WALK_WORDS = 8  # int32 that say in SMEM which item a slot belongs to, or where a group lies
 TABLE = Path(__file__).with_name("tuning_table.json")
 USER_TABLE = Path.home() / ".cache" / "whalejax" / "fp8_gemm_tuning.json"
 
 
 def walk_bytes(stages: int, groups: int) -> int:
     """SMEM of a CTA for items, groups and barriers."""
-    return (
-        rounded(stages * ITEM_WORDS * 4)
-        + rounded(GROUP_FIELDS * (groups + 1) * 4)
-        + rounded(2 * stages * 8)
-    )
+    return rounded((stages + groups + 1) * WALK_WORDS * 4) + rounded(2 * stages * 8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +58,12 @@ class Tuning:
             )
         if self.stages < 2:
             raise ValueError(f"stages={self.stages} must be at least 2")
+        shared = self.tile_n if self.share == "w" else self.tile_m
+        if shared % (PANEL_ROWS * self.cluster):
+            raise ValueError(
+                f"tile_{'n' if self.share == 'w' else 'm'}={shared}, shared by "
+                f"cluster={self.cluster}, must be a multiple of {PANEL_ROWS * self.cluster}"
+            )
 
     @property
     def warpgroups(self) -> int:
@@ -133,7 +136,7 @@ class WgradTuning:
 START_US = 3.0  # launch, first loads, last stores
 CYCLES_PER_US = 1600  # the clock that power leaves a busy tensor core
 SMEM_BYTES_PER_CYCLE = 128
-PROMOTION = 1.14  # how much longer a product takes for being promoted
+PROMOTION = {1: 1.14, 2: 1.1}  # how much longer products take for promotion, by waves
 ODD_WIDTH = 1.1  # where tiles start inside of a panel or of a block of scales
 STORE_US, STORE_US_PER_COLUMN = 0.25, 0.0027  # what of an epilogue of 128 rows nothing hides
 L2_BYTES_PER_US, STREAMED_BYTES_PER_US = 74_000, 67_000  # that one SM takes in
@@ -148,7 +151,6 @@ def pick(
     k: int,
     *,
     groups: int = 1,
-    above: bool = True,
     out_itemsize: int,
     ctas: int,
     device: str | None = None,
@@ -158,7 +160,6 @@ def pick(
     Args:
       m, n, k: sizes; m of each group's rows.
       groups: such products that are computed together.
-      above: whether tiles one above the other may share w.
       out_itemsize: bytes of an output element.
       ctas: multiprocessors of the device.
       device: its kind, for the table of what was measured.
@@ -166,8 +167,7 @@ def pick(
     measured = table().get(device, {}).get(shape_key(m, n, k, out_itemsize))
     if measured is not None:
         return measured
-    found = ranked(m, n, k, groups=groups, out_itemsize=out_itemsize, ctas=ctas)
-    return next(t for t in found if above or t.group[0] == 1)
+    return ranked(m, n, k, groups=groups, out_itemsize=out_itemsize, ctas=ctas)[0]
 
 
 def shape_key(m: int, n: int, k: int, out_itemsize: int) -> str:
@@ -202,6 +202,7 @@ def candidates(m: int, n: int, k: int, out_itemsize: int, groups: int = 1) -> li
         for tile_m, (widths, clusters) in heights.items()
         for tile_n in widths
         for cluster, share in clusters
+        if share != "w" or tile_n % (PANEL_ROWS * cluster) == 0
     ]
     return [t for t in found if t is not None]
 
@@ -226,7 +227,11 @@ def deepest(k: int, out_itemsize: int, groups: int = 1, **sizes: Any) -> Tuning 
 def cost_us(t: Tuning, m: int, n: int, k: int, ctas: int, groups: int = 1) -> float:
     """What a matmul takes by the cost model: whole waves of tiles, or the memory's time."""
     down, across = t.group
-    clusters = groups * -(-m // (t.tile_m * down)) * -(-n // (t.tile_n * across))
+    if groups == 1:
+        rows = -(-m // (t.tile_m * down))
+    else:  # sizes differ: half of a last tile is empty, and none is left over
+        rows = max(1, m / t.tile_m + 0.5) * groups / down
+    clusters = math.ceil(rows * -(-n // (t.tile_n * across)))
     waves, blocks = -(-clusters // (ctas // t.cluster)), -(-k // BLOCK_K)
     operands = groups * (m + n) * k
     rate = L2_BYTES_PER_US if operands < L2_BYTES else STREAMED_BYTES_PER_US
@@ -244,7 +249,7 @@ def block_us(t: Tuning) -> float:
     """
     products = t.tile_m // WARPGROUP_ROWS
     rows_moved = products * (WARPGROUP_ROWS + t.tile_n) + t.tile_m + t.tile_n
-    cycles = max(rows_moved * BLOCK_K / SMEM_BYTES_PER_CYCLE, PROMOTION * products * 2 * t.tile_n)
+    cycles = max(rows_moved * BLOCK_K / SMEM_BYTES_PER_CYCLE, PROMOTION[t.waves] * products * 2 * t.tile_n)
     return cycles / CYCLES_PER_US * (1 if t.tile_n % 64 == 0 else ODD_WIDTH)
 
 

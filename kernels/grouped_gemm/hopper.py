@@ -33,12 +33,7 @@ def fp8_grouped_matmul(
 ) -> jax.Array:
     """`x[rows of g] @ w[g].T`; see `grouped_gemm.fp8.fp8_grouped_matmul`."""
     m, (groups, n, k) = x.shape[0], w.shape
-    t = tuning or choose(groups, -(-m // groups), n, k, out_dtype, above=False)
-    if t.group[0] > 1:
-        raise ValueError(
-            f"cluster={t.cluster} and share={t.share!r}: tiles that share w must lie in one group; "
-            f"share='x' has no such limit"
-        )
+    t = tuning or choose(groups, -(-m // groups), n, k, out_dtype)
     return matmul(with_group_axis(x), w, group_sizes, out_dtype, t, layout="contiguous")[0]
 
 
@@ -56,16 +51,13 @@ def fp8_masked_matmul(
     return matmul(x, w, counts, out_dtype, t, layout="masked")
 
 
-def choose(
-    groups: int, rows: int, n: int, k: int, out_dtype: jnp.dtype, *, above: bool = True
-) -> Tuning:
+def choose(groups: int, rows: int, n: int, k: int, out_dtype: jnp.dtype) -> Tuning:
     """The cost model's tuning for groups of so many rows; what was measured are dense matmuls."""
     return pick(
         rows,
         n,
         k,
         groups=groups,
-        above=above,
         out_itemsize=jnp.dtype(out_dtype).itemsize,
         ctas=mosaic.num_sms(),
     )

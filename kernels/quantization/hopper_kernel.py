@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from whalejax.kernels import mosaic
 from whalejax.kernels.mosaic import compiler_params, flat, transforms
 from whalejax.kernels.quantization.reference import BLOCK, MANTISSA, MIN_AMAX
 
@@ -48,6 +49,7 @@ class Plan:
       masked: rows past a block's count are zero in the transposed output.
       power_of_two: scales are powers of two.
       warpgroups, depth: of a CTA; blocks in a warpgroup's ring.
+      width: blocks across a band in which the array is walked, see `mosaic.place`.
     """
 
     groups: int
@@ -62,6 +64,7 @@ class Plan:
     power_of_two: bool = False
     warpgroups: int = 4
     depth: int = 2
+    width: int = 1
 
     @property
     def rows(self) -> int:
@@ -161,15 +164,15 @@ def work(p: Plan, refs: Refs, ctas: int) -> None:
     total = p.groups * blocks_m * blocks_k
     count = lax.div(total - first + step - 1, step)
 
-    def place(i):
+    def block_at(i):
         """Group, first row and block of columns of this warpgroup's i-th block."""
         number = first + i * step
         of_group = lax.rem(number, blocks_m * blocks_k)
-        row = lax.div(of_group, blocks_k) * p.rows
-        return lax.div(number, blocks_m * blocks_k), row, lax.rem(of_group, blocks_k)
+        row, column = mosaic.place(of_group, blocks_m, blocks_k, p.width)
+        return lax.div(number, blocks_m * blocks_k), row * p.rows, column
 
     def load(i, slot):
-        group, row, column = place(i)
+        group, row, column = block_at(i)
         for part in range(2 if p.swiglu else 1):
             for panel in range(BLOCK // p.panel):
                 at = column * BLOCK + part * p.k + panel * p.panel
@@ -188,11 +191,11 @@ def work(p: Plan, refs: Refs, ctas: int) -> None:
         plgpu.barrier_wait(refs.full.at[wg * p.depth + slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if p.square:
-            quantise_square(p, refs, wg, slot, *place(i))
+            quantise_square(p, refs, wg, slot, *block_at(i))
         else:
-            quantise_block(p, refs, wg, slot, *place(i))
+            quantise_block(p, refs, wg, slot, *block_at(i))
         plgpu.commit_smem()  # the block has been read, too
-        store_block(p, refs, wg, *place(i))
+        store_block(p, refs, wg, *block_at(i))
 
         @pl.when(i + p.depth < count)
         def _():

@@ -33,7 +33,7 @@ from whalejax.kernels.grouped_gemm import cases as grouped_cases
 from whalejax.kernels.grouped_gemm import fp8_reference as grouped_reference
 
 SMALL = (dense_cases.Case(m=64, n=256, k=512), dense_cases.Case(m=256, n=384, k=256))  # on a CPU
-TUNED_CANDIDATES = 8  # by the cost model, of each shape
+TUNED_CANDIDATES = 12  # by the cost model, of each shape
 QUANTISED = (8192, 7168)  # tokens and hidden size of DeepSeek-V3
 EXPERT = (4096, 7168, 2048)  # tokens, hidden size and width of an expert
 

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from whalejax.kernels import fp8_gemm, grouped_gemm, mosaic, quantization
 from whalejax.kernels.backend import mosaic_unusable
 from whalejax.kernels.fp8_gemm import hopper
-from whalejax.kernels.fp8_gemm.tuning import Tuning, WgradTuning
+from whalejax.kernels.fp8_gemm.tuning import Tuning, WgradTuning, candidates
 from whalejax.kernels.grouped_gemm import cases as grouped_cases
 from whalejax.kernels.grouped_gemm import fp8_reference
 from whalejax.kernels.grouped_gemm import hopper as grouped_hopper
@@ -169,6 +169,8 @@ def test_weight_gradient(run, size, tuning):
         Tuning(tile_n=128, stages=2),
         Tuning(tile_m=64, tile_n=64, stages=2),
         Tuning(tile_n=64, stages=2, cluster=2, share="x"),
+        Tuning(tile_n=48, stages=2, cluster=2),  # tiles left over share x
+        Tuning(tile_m=64, tile_n=64, stages=2, cluster=2),
         Tuning(tile_m=256, tile_n=64, stages=2),  # tiles that end in the middle of another group
         Tuning(tile_m=256, tile_n=64, stages=2, cluster=2, share="x", bands="columns", width=2),
     ],
@@ -197,15 +199,6 @@ def test_a_tall_tile_leaves_the_next_group_alone(run, monkeypatch):
     out = run(lambda *a: grouped_hopper.fp8_grouped_matmul(*a, F32, tuning), *arguments)
     expected = fp8_reference.fp8_grouped_matmul(*arguments, F32)
     assert_rows_close(out, expected, tolerance=TOLERANCE["float32"])
-
-
-def test_tiles_of_several_groups_are_refused():
-    arguments = fp8(512, 272), fp8(4, 200, 272, tile=WEIGHT), GROUPS
-    tuning = Tuning(tile_n=64, cluster=2, share="w")
-    with pytest.raises(ValueError, match="must lie in one group"):
-        jax.eval_shape(
-            lambda *a: grouped_hopper.fp8_grouped_matmul(*a, jnp.dtype(BF16), tuning), *arguments
-        )
 
 
 @pytest.mark.parametrize("sizes", [(0, 0, 0), (0, 256, 0)], ids=str)
@@ -412,6 +405,13 @@ def test_kernels_are_lowered_for_cuda_alone(name):
     function, arguments, expected = LOWERED[name]
     assert num_kernels(function, arguments, "cuda") == expected
     assert num_kernels(function, arguments, "cpu") == 0
+
+
+@pytest.mark.parametrize("m", [64, 128, 4096])
+def test_every_tiling_is_lowered_for_cuda(m):
+    for tuning in candidates(m, 4096, 2048, 2):
+        matmul = functools.partial(hopper.fp8_matmul, out_dtype=BF16, tuning=tuning)
+        assert num_kernels(matmul, [fp8(m, 2048), fp8(4096, 2048, tile=WEIGHT)], "cuda") == 1
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,6 @@ def test_few_tokens_get_narrow_tiles_and_many_get_wide_ones():
     assert many.tile_m * many.tile_n >= 128 * 192
 
 
-def test_no_tiles_lie_above_each_other_where_they_must_not():
-    for m, n, k in ((100, 4096, 512), (300, 4096, 7168), (8192, 8192, 8192)):
-        t = pick(m, n, k, groups=3, above=False, out_itemsize=2, ctas=132)
-        assert t.group[0] == 1
-
-
 def test_small_groups_get_low_tiles():
     """A group's last tile is empty for the most part where groups are smaller than tiles."""
     sizes = {"n": 4096, "k": 7168, "groups": 16, "out_itemsize": 2, "ctas": 132}
@@ -101,6 +95,7 @@ def test_a_table_that_holds_no_tunings_is_named(tmp_path, text, says):
         ({"share": "y"}, "share='y' must be 'w' or 'x'"),
         ({"bands": "x"}, "bands='x' 'rows' or 'columns'"),
         ({"stages": 1}, "stages=1 must be at least 2"),
+        ({"tile_n": 56, "cluster": 2}, "tile_n=56, shared by cluster=2, .* multiple of 16"),
     ],
 )
 def test_a_wrong_tuning_fails_when_it_is_made(sizes, says):
