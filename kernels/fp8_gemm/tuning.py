@@ -249,7 +249,9 @@ def block_us(t: Tuning) -> float:
     """
     products = t.tile_m // WARPGROUP_ROWS
     rows_moved = products * (WARPGROUP_ROWS + t.tile_n) + t.tile_m + t.tile_n
-    cycles = max(rows_moved * BLOCK_K / SMEM_BYTES_PER_CYCLE, PROMOTION[t.waves] * products * 2 * t.tile_n)
+    cycles = max(
+        rows_moved * BLOCK_K / SMEM_BYTES_PER_CYCLE, PROMOTION[t.waves] * products * 2 * t.tile_n
+    )
     return cycles / CYCLES_PER_US * (1 if t.tile_n % 64 == 0 else ODD_WIDTH)
 
 

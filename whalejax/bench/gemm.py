@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from whalejax.bench import peers, report
-from whalejax.bench.report import Bench, ours, worst_row
+from whalejax.bench.report import CUBLAS, Bench, ours, untimed, worst_row
 from whalejax.bench.timing import rotate
 from whalejax.kernels import fp8_gemm, grouped_gemm, quantization
 from whalejax.kernels.fp8_gemm import cases as dense_cases
@@ -56,7 +56,7 @@ def ceilings(bench: Bench) -> None:
     bench.copy()
     size = 8192 if jax.default_backend() == "gpu" else 512
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in (1, 2))
-    matmul = ours(lambda a, b: a @ b.T, [(a, b)], "xla bf16")
+    matmul = ours(lambda a, b: a @ b.T, [(a, b)], "xla bf16", CUBLAS)
     bench.time("ceiling", f"{size}x{size}x{size}", [matmul], flops=2 * size**3)
 
 
@@ -68,7 +68,7 @@ def dense(bench: Bench, cases: tuple, op: str = "dense") -> None:
         found = [ours(fp8_gemm.fp8_matmul, sets)]
         if jax.default_backend() == "gpu":
             found += peers.dense(sets) + peers.bf16(case.m, case.n, case.k)
-        wanted = jax.jit(lambda x, w: dense_reference.fp8_matmul(x, w, jnp.float32))(x, w)
+        wanted = untimed(lambda x, w: dense_reference.fp8_matmul(x, w, jnp.float32))(x, w)
         error = worst_row(found[0].call(x, w), wanted)
         moved = case.m * case.k + case.n * case.k + 2 * case.m * case.n
         bench.time(
@@ -100,7 +100,7 @@ def wgrad(bench: Bench, cases: tuple) -> None:
         x_t, dy_t = quantization.quantize_transposed(x), quantization.quantize_transposed(dy)
         sets = rotate((x_t, dy_t))
         found = ours(fp8_gemm.fp8_matmul_wgrad, sets)
-        wanted = jax.jit(lambda x, d: dense_reference.fp8_matmul_wgrad(x, d, None))(x_t, dy_t)
+        wanted = untimed(lambda x, d: dense_reference.fp8_matmul_wgrad(x, d, None))(x_t, dy_t)
         forward = dense_inputs(dense_cases.Case(m=case.n, n=case.k, k=case.m))
         bench.time(
             "wgrad",
@@ -126,7 +126,7 @@ def contiguous(bench: Bench, cases: tuple) -> None:
             ours(grouped_gemm.fp8_grouped_matmul, sets),
             *_on_gpu(peers.contiguous, sets, sizes),
         ]
-        wanted = jax.jit(
+        wanted = untimed(
             lambda x, w, s: grouped_reference.fp8_grouped_matmul(x, w, s, jnp.float32)
         )(x, w, sizes)
         bench.time(
@@ -172,7 +172,7 @@ def kgrouped(bench: Bench, cases: tuple) -> None:
             for key, width in zip(keys, (case.k, case.n), strict=True)
         )
         sets = rotate((*operands, sizes))
-        wanted = jax.jit(grouped_reference.fp8_grouped_matmul_wgrad)(*operands, sizes)
+        wanted = untimed(grouped_reference.fp8_grouped_matmul_wgrad)(*operands, sizes)
         found = ours(grouped_gemm.fp8_grouped_matmul_wgrad, sets)
         error = worst_row(found.call(*operands, sizes), wanted)
         x, w = grouped_inputs((rows, case.k), (len(case.sizes), case.n, case.k))
@@ -204,13 +204,14 @@ def quantise(bench: Bench) -> None:
     x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
     d_hidden = jax.random.normal(jax.random.key(1), (m, k // 2), jnp.bfloat16)
     sets, size = rotate((x,)), m * k
+    scales = size * 4 / 128
     for name, f, arguments, moved in (
-        ("1x128", quantization.quantize, sets, 3 * size),
-        ("transposed", quantization.quantize_transposed, sets, 3 * size),
-        ("both", quantization.quantize_both, sets, 4 * size),
+        ("1x128", quantization.quantize, sets, 3 * size + scales),
+        ("transposed", quantization.quantize_transposed, sets, 3 * size + scales),
+        ("both", quantization.quantize_both, sets, 4 * size + 2 * scales),
         ("128x128", lambda x: quantization.quantize(x, (128, 128)), sets, 3 * size),
         ("128x128 both", lambda x: quantization.quantize_both(x, (128, 128)), sets, 4 * size),
-        ("swiglu", quantization.swiglu_quantize, sets, 2.5 * size),
+        ("swiglu", quantization.swiglu_quantize, sets, 2.5 * size + scales / 2),
         ("swiglu gradient", quantization.swiglu_gradient, rotate((x, d_hidden)), 5 * size),
     ):
         bench.time("quantise", f"{m}x{k}", [ours(f, arguments, name)], moved=moved)
@@ -242,7 +243,7 @@ def mlp(bench: Bench) -> None:
 
     sets = rotate(arguments)
     found = [
-        ours(functools.partial(expert_mlp, linear), sets, name)
+        ours(functools.partial(expert_mlp, linear), sets, name, CUBLAS)
         for name, linear in (("whalejax fp8", fp8_gemm.fp8_linear), ("xla bf16", bf16))
     ]
     flops = 3 * 2 * m * hidden * 3 * width

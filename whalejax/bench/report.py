@@ -114,6 +114,15 @@ def worst_row(actual: jax.Array, wanted: jax.Array) -> float:
     return float(jnp.max(jnp.where(error == 0, 0, error / size)))
 
 
-def ours(f: Callable, sets: list[tuple], name: str = "whalejax") -> Candidate:
-    """A candidate of a function of ours."""
-    return Candidate(name, jax.jit(f).lower(*sets[0]).compile(), sets)
+# Of XLA's own matmuls: among cuBLAS' algorithms it chooses in seconds, with Triton's in minutes.
+CUBLAS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 4}
+
+
+def ours(f: Callable, sets: list[tuple], name: str = "whalejax", options: Any = None) -> Candidate:
+    """A candidate of a function of ours, compiled with XLA's `options`."""
+    return Candidate(name, jax.jit(f).lower(*sets[0]).compile(options), sets)
+
+
+def untimed(f: Callable) -> Callable:
+    """`jax.jit` of what errors are measured by: not tuned, which would take longer than to run."""
+    return jax.jit(f, compiler_options={"xla_gpu_autotune_level": 0})
