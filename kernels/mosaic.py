@@ -1,10 +1,13 @@
 """Parts that the Mosaic GPU kernels share: the order of tiles, and how tiles lie in SMEM."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 SMEM_BYTES = 232_448  # what a CTA may have on Hopper
 SMEM_ROUNDING = 1024  # every scratch buffer starts on a multiple of this
@@ -18,8 +21,11 @@ def place(i: Any, rows: Any, columns: Any, width: Any, bands: str = "rows") -> t
     Tiles are walked in bands of `width` rows, column by column, every other band backwards. Or in
     bands of columns, row by row.
 
+    Quotients are `lax`'s: those of `//` round down, and take Mosaic as long to lower as the rest of
+    a kernel.
+
     Args:
-      i: number of the tile, or an array of them.
+      i: number of the tile.
       rows, columns: of the grid: an int, or an int32 scalar known on the device alone.
       width: of a band.
       bands: of `"rows"` or `"columns"`.
@@ -27,16 +33,16 @@ def place(i: Any, rows: Any, columns: Any, width: Any, bands: str = "rows") -> t
     if bands == "columns":
         column, row = place(i, columns, rows, width)
         return row, column
-    band, inside = i // (width * columns), i % (width * columns)
+    band, inside = lax.div(i, width * columns), lax.rem(i, width * columns)
     in_band = jnp.maximum(jnp.minimum(width, rows - band * width), 1)
-    column = inside // in_band
-    column = jnp.where(band % 2 == 1, columns - 1 - column, column)
-    return band * width + inside % in_band, column
+    column = lax.div(inside, in_band)
+    column = jnp.where(lax.rem(band, 2) == 1, columns - 1 - column, column)
+    return band * width + lax.rem(inside, in_band), column
 
 
 def turns(tiles: Any, worker: Any, workers: int) -> Any:
     """How many tiles are a worker's, where each has one of `workers` in turn."""
-    return (tiles + workers - 1 - worker) // workers
+    return lax.div(tiles + workers - 1 - worker, workers)
 
 
 def transforms(columns: int, dtype: Any) -> tuple:
@@ -88,11 +94,29 @@ def for_tma(ref: Any, rows: int, columns: int) -> Any:
     return ref if rows % 8 == 0 and columns % width == 0 and columns > width else flat(ref)
 
 
-def interpreted() -> bool:
-    """Whether kernels are traced for Pallas' GPU interpreter; JAX has no public name for it."""
+def call(build: Callable[..., Any], *sizes: Hashable, arguments: tuple) -> Any:
+    """`build(*sizes)(*arguments)`, lowered once for all of a program's calls that are alike.
+
+    A training step has hundreds, and Mosaic takes half a second for each.
+    """
+    return _call(build, sizes, interpreter(), arguments)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _call(build, sizes, interpreter, arguments):
+    return build(*sizes)(*arguments)
+
+
+def interpreter() -> Any:
+    """What Pallas' GPU interpreter runs kernels with, None where it does not; no public name."""
     from jax._src import config
 
-    return config.pallas_tpu_interpret_mode_context_manager.value is not None
+    return config.pallas_tpu_interpret_mode_context_manager.value
+
+
+def interpreted() -> bool:
+    """Whether kernels are traced for Pallas' GPU interpreter."""
+    return interpreter() is not None
 
 
 def unvarying(arrays: Any) -> Any:

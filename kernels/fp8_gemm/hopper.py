@@ -1,5 +1,7 @@
 """FP8 matmuls on Hopper: chooses tiles, lays out the work, calls the kernel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -69,8 +71,8 @@ def matmul(
     scales = jnp.pad(scales, ((0, 0), (0, 0), (0, -scales.shape[-1] % TMA_ALIGNMENT)))
     operands = x.values, x.with_scales_by_column().stored_scales, w.values, scales
     arguments = operands if sizes is None else (*operands, sizes)
-    kernel = build(p, t, mosaic.num_sms() // t.cluster * t.cluster)
-    return kernel(*mosaic.unvarying(arguments))
+    ctas = mosaic.num_sms() // t.cluster * t.cluster
+    return mosaic.call(build, p, t, ctas, arguments=mosaic.unvarying(arguments))
 
 
 def check_smem(t: Tuning | WgradTuning, num_bytes: int) -> None:
@@ -116,9 +118,9 @@ def wgrad(
     operands = dy_t.values, dy_t.stored_scales, x_t.values, x_t.stored_scales
     arguments = operands if sizes is None else (*operands, sizes)
     arguments, accumulate = mosaic.unvarying((arguments, accumulate))
-    kernel = build(p, t, mosaic.num_sms())
+    call = functools.partial(mosaic.call, build, p, t, mosaic.num_sms())
     if accumulate is None:
-        return kernel(*arguments)
+        return call(arguments=arguments)
     out = jax.new_ref(accumulate.reshape(groups, n, k))
-    kernel(*arguments, out)
+    call(arguments=(*arguments, out))
     return jax.freeze(out)

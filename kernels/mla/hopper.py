@@ -79,10 +79,10 @@ def mla_decode(
     rows = jnp.pad(q.reshape(batch, num_rows, d), ((0, 0), (0, p.rows - num_rows), (0, 0)))
     arguments = plan.bounds, lengths, page_table, rows, blocks
     bounds, *arguments = mosaic.unvarying(arguments)
-    out, lse, *parts = build(p)(bounds, *arguments)
+    out, lse, *parts = mosaic.call(build, p, arguments=(bounds, *arguments))
     out, lse = jax.new_ref(out), jax.new_ref(lse)
     if p.workers > 1:  # else nothing can be cut
-        build_merge(p)(bounds, *parts, out, lse)
+        mosaic.call(build_merge, p, arguments=(bounds, *parts, out, lse))
     out = jax.freeze(out)[:, :num_rows].reshape(batch, s_q, heads, v_dim)
     lse = jax.freeze(lse).reshape(batch, -1)[:, :num_rows].reshape(batch, s_q, heads)
     return out, lse.transpose(0, 2, 1)

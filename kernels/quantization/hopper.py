@@ -101,8 +101,8 @@ def _run(x, filled, *, k, **options):
     groups, m, _ = x.shape
     options = {"warpgroups": 4 if x.dtype == jnp.bfloat16 else 2} | options
     p = Plan(groups=groups, m=m, k=k, dtype=x.dtype, masked=filled is not None, **options)
-    kernel = build(p, mosaic.num_sms())
-    return kernel(x) if filled is None else kernel(x, filled)
+    arguments = (x,) if filled is None else (x, filled)
+    return mosaic.call(build, p, mosaic.num_sms(), arguments=arguments)
 
 
 def _by_column(values, scales):

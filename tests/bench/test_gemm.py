@@ -88,7 +88,7 @@ def test_candidates_take_turns_with_all_their_arguments():
 
     times = timing.measure([candidate("a"), candidate("b")], rounds=2, calls=3)
     turn = [0, 1, 0, 1]  # one call that is not counted, and three
-    assert seen == [(name, i) for _ in range(4) for name in "ab" for i in turn]
+    assert seen == [(name, i) for name in "abba" * 2 for i in turn]
     for measured in times.values():
         assert len(measured.burst_us) == 6
         assert measured.row()["burst_us"] > 0 and measured.row()["burst_ghz"] is None

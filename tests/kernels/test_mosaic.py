@@ -21,7 +21,7 @@ NUMBERS = np.arange(40 * 20, dtype=np.int32)
 
 @functools.partial(jax.jit, static_argnames="bands")
 def placed(rows, columns, width, bands):
-    return mosaic.place(NUMBERS, rows, columns, width, bands)
+    return jax.vmap(lambda i: mosaic.place(i, rows, columns, width, bands))(NUMBERS)
 
 
 def walked(rows, columns, width, bands="rows"):
@@ -75,10 +75,9 @@ def test_bands_of_columns_are_bands_of_rows_turned(rows, columns, width):
 
 @pytest.mark.parametrize("bands", ["rows", "columns"])
 def test_a_grid_known_on_the_device_is_walked_alike(bands):
-    numbers = jnp.arange(24 * 7, dtype=jnp.int32)
-    place = jax.jit(lambda rows: mosaic.place(numbers, rows, 7, 4, bands))
+    place = jax.vmap(lambda i, rows: mosaic.place(i, rows, 7, 4, bands), in_axes=(0, None))
     for rows in (1, 2, 7, 23, 24):
-        row, column = map(np.asarray, place(jnp.int32(rows)))
+        row, column = map(np.asarray, jax.jit(place)(NUMBERS, rows))
         known = walked(rows, 7, 4, bands)
         assert list(zip(row.tolist(), column.tolist(), strict=True))[: len(known)] == known
 

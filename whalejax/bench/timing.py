@@ -84,7 +84,7 @@ def measure(
     calls: int = 10,
     sustained_s: float = 0.2,
 ) -> dict[str, Times]:
-    """Times candidates in turn.
+    """Times candidates in turn, every other round backwards: heat goes from one to the next.
 
     Args:
       candidates: compiled already; each is called once more before it is timed.
@@ -98,14 +98,15 @@ def measure(
     times = {c.name: Times() for c in candidates}
     on_gpu = jax.default_backend() == "gpu"
     turn = _turn_on_gpu if on_gpu else _turn_on_cpu
-    for _ in range(rounds):
-        for candidate in candidates:
+    orders = [candidates[::-1] if i % 2 else candidates for i in range(rounds)]
+    for order in orders:
+        for candidate in order:
             time.sleep(PAUSE if on_gpu else 0)
             us, ghz = turn(candidate, calls)
             times[candidate.name].burst_us += us
             times[candidate.name].burst_ghz += ghz
-    for _ in range(rounds):
-        for candidate in candidates:
+    for order in orders:
+        for candidate in order:
             typical = statistics.median(times[candidate.name].burst_us)
             many = (
                 max(calls, min(MOST_CALLS, int(sustained_s * 1e6 / typical))) if on_gpu else calls

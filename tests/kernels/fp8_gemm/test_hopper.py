@@ -407,6 +407,17 @@ def test_kernels_are_lowered_for_cuda_alone(name):
     assert num_kernels(function, arguments, "cpu") == 0
 
 
+def test_calls_that_are_alike_are_lowered_once():
+    """A training step has hundreds of kernels, most of them alike."""
+
+    def twice(x, y, w):
+        return fp8_gemm.fp8_matmul(x, w), fp8_gemm.fp8_matmul(y, w)
+
+    x, w = fp8(257, 272), fp8(200, 272, tile=WEIGHT)
+    assert num_kernels(twice, [x, x, w], "cuda") == 1
+    assert num_kernels(twice, [x, fp8(300, 272), w], "cuda") == 2
+
+
 @pytest.mark.parametrize("m", [64, 128, 4096])
 def test_every_tiling_is_lowered_for_cuda(m):
     for tuning in candidates(m, 4096, 2048, 2):
