@@ -106,18 +106,24 @@ class Accumulator(Warpgroup):
         inverse = plgpu.load(self.refs.FACTORS.at[SLOTS + parity], layout=BY_ROW)
         acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
 
+        rows = pl.ds(self.tile * ROWS, ROWS)  # those past the output's are not stored
+
         @pl.when(~piece.cut)
         def _whole():
-            self.ring[slot] = acc.astype(self.p.dtype)
-            plgpu.commit_smem()
-            rows = pl.ds(self.tile * ROWS, ROWS)  # those past the output's are not stored
-            out = self.refs.out.at[sequence, rows, self.columns]
-            plgpu.copy_smem_to_gmem(self.ring.at[slot], out)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.send(acc, slot, self.refs.out.at[sequence, rows, self.columns])
 
         @pl.when(piece.cut)
         def _part():
-            self.refs.parts.at[piece.part, self.tile, :, self.columns][...] = acc
+            high = acc.astype(self.p.dtype)
+            for part, values in enumerate((high, acc - high.astype(F32))):
+                self.send(values, slot, self.refs.parts.at[piece.part, part, rows, self.columns])
+
+    def send(self, values, slot, target):
+        """Stores values through a slot."""
+        self.ring[slot] = values.astype(self.p.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(self.ring.at[slot], target)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def add_product(acc, x, w):

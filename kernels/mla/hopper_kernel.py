@@ -39,9 +39,10 @@ def build(p: Problem):
     q is `[b, rows, d]`, keys are `[blocks, 64, d]`.
 
     Returns:
-      `out [b, rows, v_dim]` and `lse f32[b, tiles, 64]` of sequences that are not cut; of the
-      pieces of others `f32[2 * workers, tiles, 64, v_dim]` and, as base-2 logarithms, `NEVER` where
-      a row sees no key, `f32[2 * workers, tiles, 64]`; see `Piece.part`.
+      `out [b, rows, columns]` and `lse f32[b, rows]` of sequences that are not cut; of the pieces
+      of others `parts [2 * workers, 2, rows, columns]`, as a rounded number and what rounding took
+      off, and `f32[2 * workers, tiles * 64]`, base-2 logarithms or `NEVER` where a row sees no key.
+      See `Piece.part`.
     """
 
     def body(*refs):
@@ -67,10 +68,10 @@ def build(p: Problem):
     return plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((p.batch, p.rows, p.v_dim), p.dtype),
-            jax.ShapeDtypeStruct((p.batch, p.tiles, ROWS), F32),
-            jax.ShapeDtypeStruct((2 * p.workers, p.tiles, ROWS, p.v_dim), F32),
-            jax.ShapeDtypeStruct((2 * p.workers, p.tiles, ROWS), F32),
+            jax.ShapeDtypeStruct((p.batch, p.rows, p.columns), p.dtype),
+            jax.ShapeDtypeStruct((p.batch, p.rows), F32),
+            jax.ShapeDtypeStruct((2 * p.workers, 2, p.rows, p.columns), p.dtype),
+            jax.ShapeDtypeStruct((2 * p.workers, p.tiles * ROWS), F32),
         ],
         scratch_types=[
             in_ring((SLOTS, BLOCK, left)),
@@ -78,7 +79,7 @@ def build(p: Problem):
             in_ring((BLOCK, ROPE)),
             in_ring((ROWS, BLOCK)),
             in_ring((ROWS, 128)),
-            plgpu.SMEM((SLOTS + 2, ROWS), F32),
+            plgpu.SMEM((SLOTS + 3, ROWS), F32),
             barrier(num_arrivals=2, num_barriers=SLOTS),
             barrier(num_arrivals=1),
             barrier(num_arrivals=1, num_barriers=SLOTS),

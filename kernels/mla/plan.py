@@ -3,7 +3,8 @@
 Sequences are laid end to end, each as many cells long as it has blocks of keys, behind a few cells
 for what a piece costs beside its blocks. This line is cut into equal stretches, one for each
 worker. A sequence that is cut becomes several pieces, whose results are merged afterwards.
-FlashMLA's scheduler does the same, one sequence after another.
+FlashMLA's scheduler does the same, one sequence after another. Where sequences are about equal and
+about as many as workers, nothing is cut: merging would take longer than some workers' idleness.
 """
 
 import dataclasses
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 from whalejax.kernels.mla.sizes import BLOCK
 
 PIECE_CELLS = 2  # what a piece costs beside its blocks, in their time
+CUT_CELLS = 4  # what it costs that there is something to merge
 FEW = 1024  # sequences whose cells one kernel sums
-SEQUENCE, FIRST, CUTS = range(3)
+SEQUENCE, FIRST = range(2)  # columns of `Plan.bounds`
+WORKER, CUTS = range(2)  # of `Plan.pieces`
 
 
 @jax.tree_util.register_dataclass
@@ -24,12 +27,14 @@ class Plan:
     """Where a batch is cut.
 
     Attributes:
-      bounds: `i32[workers + 1, 3]`. Worker w has what lies between row w and row w + 1, each a
-        sequence and a block of 64 keys in it. Where that block is not the first, a third number
-        says how many cuts the sequence has; elsewhere it is 0.
+      bounds: `i32[workers + 1, 2]`. Worker w has what lies between row w and row w + 1, each a
+        sequence and a block of 64 keys in it.
+      pieces: `i32[b, 2]`: of each sequence the worker that has its first block, and how often it is
+        cut; the workers that follow have one piece each.
     """
 
     bounds: jax.Array
+    pieces: jax.Array
 
 
 def plan_mla_decode(lengths: jax.Array, *, workers: int) -> Plan:
@@ -55,17 +60,26 @@ def plan_mla_decode(lengths: jax.Array, *, workers: int) -> Plan:
         )
     if workers < 1:
         raise ValueError(f"plan_mla_decode: workers={workers} must be at least 1")
-    ends = cumsum(num_blocks(lengths) + PIECE_CELLS)
-    stretch = (ends[-1] + workers - 1) // workers
-    cell = jnp.arange(workers + 1, dtype=jnp.int32) * stretch
+    batch, cells = lengths.shape[0], num_blocks(lengths) + PIECE_CELLS
+    ends = cumsum(cells)
+    stretch = jax.lax.div(ends[-1] + workers - 1, workers)
+    share = -(-batch // workers)
+    whole = share * jnp.max(cells) <= stretch + CUT_CELLS
+    worker = jnp.arange(workers + 1, dtype=jnp.int32)
+    cell = worker * stretch
     passed = ends[None] <= cell[:, None]
     sequence = jnp.sum(passed, axis=1, dtype=jnp.int32)
     before = jnp.max(jnp.where(passed, ends[None], 0), axis=1)
-    begin = before + PIECE_CELLS  # no cut falls into the cells in front of a sequence's blocks
-    end = jnp.min(jnp.where(passed, ends[-1], ends[None]), axis=1)
-    first = jnp.where(sequence < lengths.shape[0], jnp.maximum(cell - begin, 0), 0)
-    cuts = (end + stretch - 1) // stretch - (begin // stretch + 1)
-    return Plan(jnp.stack([sequence, first, jnp.where(first > 0, cuts, 0)], axis=1))
+    # no cut falls into the cells in front of a sequence's blocks
+    first = jnp.where(sequence < batch, jnp.maximum(cell - before - PIECE_CELLS, 0), 0)
+    bounds = (
+        jnp.where(whole, jnp.minimum(worker * share, batch), sequence),
+        jnp.where(whole, 0, first),
+    )
+    starts = jax.lax.div(ends - cells + PIECE_CELLS, stretch)
+    cuts = jax.lax.div(ends + stretch - 1, stretch) - (starts + 1)
+    pieces = starts, jnp.where(whole, 0, jnp.maximum(cuts, 0))  # of no keys: less than no cut
+    return Plan(jnp.stack(bounds, axis=1), jnp.stack(pieces, axis=1))
 
 
 def cumsum(x: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ class Scorer(Warpgroup):
         g, _ = lax.fori_loop(self.begin[0], self.stop, self.score_piece, start)
         plgpu.barrier_arrive(self.refs.read.at[lax.rem(g, SLOTS)])
         plgpu.barrier_wait(self.refs.taken)  # by the last block
+        plgpu.wait_smem_to_gmem(0)
 
     def load_tail(self, step):
         """Loads the rotary part of a step."""
@@ -52,12 +53,16 @@ class Scorer(Warpgroup):
 
         @pl.when(~piece.cut)
         def _whole():
-            refs.lse.at[sequence, self.tile][...] = natural(top, total)
+            staged, rows = refs.FACTORS.at[SLOTS + 2], pl.ds(self.tile * ROWS, ROWS)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            staged[...] = natural(top, total)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staged, refs.lse.at[sequence, rows])
 
         @pl.when(piece.cut)
         def _part():
             sums = jnp.where(seen, top + jnp.log2(total), NEVER)
-            refs.part_lse.at[piece.part, self.tile][...] = sums
+            refs.part_lse.at[piece.part, pl.ds(self.tile * ROWS, ROWS)][...] = sums
 
         return g, ahead
 

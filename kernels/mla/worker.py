@@ -59,6 +59,11 @@ class Problem:
         return -(-self.s_q * self.heads // 8) * 8
 
     @property
+    def columns(self) -> int:
+        """Columns of the output as the kernels leave it: as many as four warps store at once."""
+        return -(-self.v_dim // 128) * 128
+
+    @property
     def halves(self) -> tuple[int, int]:
         """Columns of values of the two accumulating warpgroups: multiples of 64."""
         left = -(-self.v_dim // 128) * 64
@@ -72,7 +77,8 @@ class Refs(NamedTuple):
       LEFT, RIGHT, TAIL: the ring: a block's values in halves, and, in one slot, its rotary part.
       P: softmax of the block under way, a left operand.
       Q: queries that find no room in registers: the last 64 columns of values, the rotary part.
-      FACTORS: of rows: what each block scales the output with; at last, of a piece, 1 / sum.
+      FACTORS: of rows: what each block scales the output with; at last, of a piece, 1 / sum, and
+        on its way out, the logarithm.
     """
 
     bounds: Any

@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whalejax.kernels.mla import plan
-from whalejax.kernels.mla.plan import PIECE_CELLS, cumsum, plan_mla_decode
+from whalejax.kernels.mla.plan import CUT_CELLS, CUTS, PIECE_CELLS, cumsum, plan_mla_decode
 from whalejax.kernels.mla.sizes import BLOCK
 
 LENGTHS = st.sampled_from([1, 3, 16]).flatmap(
@@ -27,15 +28,16 @@ def compiled(lengths, workers):
 
 
 def make(lengths, workers):
-    """The bounds of a plan, and each worker's pieces as (sequence, first block, last)."""
-    bounds = np.asarray(compiled(jnp.array(lengths, jnp.int32), workers).bounds)
+    """A plan, and each worker's pieces as (sequence, first block, last)."""
+    made = jax.tree.map(np.asarray, compiled(jnp.array(lengths, jnp.int32), workers))
+    bounds = made.bounds.tolist()
     blocks, pieces = [-(-n // BLOCK) for n in lengths], []
-    for (s0, b0, _), (s1, b1, _) in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+    for (s0, b0), (s1, b1) in itertools.pairwise(bounds):
         own = [(s, b0 if s == s0 else 0, blocks[s]) for s in range(s0, s1)]
         if b1:
             own.append((s1, b0 if s1 == s0 else 0, b1))
         pieces.append(own)
-    return bounds, pieces
+    return made, pieces
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
@@ -59,16 +61,18 @@ def test_no_worker_has_more_than_its_share(lengths, workers):
     for own in make(lengths, workers)[1]:
         # one piece's own cells may lie in the stretch before
         blocks = sum(last - first for _, first, last in own)
-        assert blocks + PIECE_CELLS * (len(own) - 1) <= share
+        assert blocks + PIECE_CELLS * (len(own) - 1) <= share + CUT_CELLS
 
 
 @settings(max_examples=100, derandomize=True, deadline=None)
 @given(lengths=LENGTHS, workers=WORKERS)
-def test_cuts_are_counted(lengths, workers):
-    bounds, pieces = make(lengths, workers)
-    parts = np.bincount([s for own in pieces for s, *_ in own], minlength=len(lengths))
-    for sequence, first, cuts in bounds:
-        assert cuts == (parts[sequence] - 1 if first else 0)
+def test_pieces_are_found(lengths, workers):
+    made, pieces = make(lengths, workers)
+    for sequence, (worker, cuts) in enumerate(made.pieces.tolist()):
+        owners = [w for w, own in enumerate(pieces) if sequence in (s for s, *_ in own)]
+        assert cuts == len(owners) - 1
+        if cuts:
+            assert owners == list(range(worker, worker + cuts + 1))
 
 
 def test_few_and_many_are_summed_alike(monkeypatch):
@@ -79,9 +83,17 @@ def test_few_and_many_are_summed_alike(monkeypatch):
         assert sums.tolist() == [3, 3, 8, 9] and sums.dtype == jnp.int32
 
 
-def test_equal_sequences_that_fill_the_workers_are_not_cut():
-    bounds, _ = make([4096] * 66, 66)
-    assert bounds.tolist() == [[s, 0, 0] for s in range(67)]
+@pytest.mark.parametrize("sequences", [66, 64, 132])
+def test_sequences_that_fill_the_workers_are_not_cut(sequences):
+    lengths = [4096 - 64 * (s % 3) for s in range(sequences)]
+    made, pieces = make(lengths, 66)
+    assert not made.pieces[:, CUTS].any()
+    assert all(len(own) <= -(-sequences // 66) for own in pieces)
+
+
+def test_sequences_that_leave_workers_idle_are_cut():
+    made, pieces = make([4096] * 40, 66)
+    assert made.pieces[:, CUTS].any() and all(pieces)
 
 
 @pytest.mark.parametrize(
