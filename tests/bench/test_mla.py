@@ -9,10 +9,10 @@ def test_prints_a_row_of_each_and_a_table_last(monkeypatch, capsys, tmp_path):
     mla.main(["--rounds", "1", "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{")]
-    assert [row["implementation"] for row in rows] == ["copy", "xla", "plan"]
+    assert [row["implementation"] for row in rows] == ["copy", "xla bf16", "xla", "plan"]
     for row in rows:
         assert row["burst_us"] > 0 and {"timer", "device", "versions", "command"} <= row.keys()
-    assert rows[1]["worst_row_error"] < 1e-6 and rows[1]["burst_gbs"] >= 0
+    assert rows[2]["worst_row_error"] < 1e-6 and rows[2]["burst_gbs"] >= 0
     assert lines[-1].startswith("mla_decode b2 k100 varied h4 s2") and lines[-1].rstrip().endswith(
         "us"
     )

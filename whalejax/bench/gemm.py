@@ -51,15 +51,6 @@ SECTIONS = (
 )
 
 
-def ceilings(bench: Bench) -> None:
-    """What the card can do: moving bytes, and multiplying in bf16."""
-    bench.copy()
-    size = 8192 if jax.default_backend() == "gpu" else 512
-    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in (1, 2))
-    matmul = ours(lambda a, b: a @ b.T, [(a, b)], "xla bf16", CUBLAS)
-    bench.time("ceiling", f"{size}x{size}x{size}", [matmul], flops=2 * size**3)
-
-
 def dense(bench: Bench, cases: tuple, op: str = "dense") -> None:
     """`fp8_matmul` beside cuBLASLt and DeepGEMM."""
     for case in cases:
@@ -292,7 +283,7 @@ def main(args: Sequence[str] | None = None) -> None:
     bench = Bench("gemm", arguments, args)
     dense_all = dense_cases.BENCHMARK_CASES if on_gpu else SMALL
     runs: dict[str, Callable[[], None]] = {
-        "ceilings": lambda: ceilings(bench),
+        "ceilings": bench.ceilings,
         "dense": lambda: dense(bench, dense_all),
         "random": lambda: dense(
             bench, dense_cases.random_cases(20) if on_gpu else SMALL[:1], "random"

@@ -1,4 +1,4 @@
-"""Peers of the FP8 matmuls on a GPU: PyTorch's cuBLASLt, and DeepGEMM, where they are installed.
+"""Peers on a GPU, where they are installed: PyTorch's cuBLASLt, DeepGEMM and FlashMLA.
 
 They read the very arrays that our kernels read, through DLPack, and are timed by the same clock.
 """
@@ -16,7 +16,7 @@ from whalejax.kernels.quantization import QuantizedArray
 
 def available() -> list[str]:
     """Names of the peers that are installed."""
-    modules = {"torch": "torch", "deepgemm": "deep_gemm"}
+    modules = {"torch": "torch", "deepgemm": "deep_gemm", "flashmla": "flash_mla"}
     return [name for name, module in modules.items() if importlib.util.find_spec(module)]
 
 
@@ -217,3 +217,25 @@ def kgrouped(sets: list[tuple], group_sizes: jax.Array) -> list[Candidate]:
         return out
 
     return _candidate("deepgemm", call, arguments)
+
+
+def mla(sets: list[tuple], *, v_dim: int, scale: float) -> list[Candidate]:
+    """FlashMLA on `(q, kv_pages, page_table, lengths, ...)`, planned before it is timed."""
+    if "flashmla" not in available():
+        return []
+    import flash_mla
+
+    def call(q, pages, table, lengths, plan):
+        return flash_mla.flash_mla_with_kvcache(
+            q, pages, table, lengths, v_dim, plan, softmax_scale=scale, causal=True
+        )
+
+    arguments = []
+    for q, pages, table, lengths, *_ in sets:
+        plan, _ = flash_mla.get_mla_metadata()
+        arguments.append(
+            (to_torch(q), to_torch(pages)[:, :, None], *map(to_torch, (table, lengths)), plan)
+        )
+        if not _candidate("flashmla", call, arguments[-1:]):  # its first call plans
+            return []
+    return _candidate("flashmla", call, arguments)

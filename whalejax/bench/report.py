@@ -85,12 +85,18 @@ class Bench:
                     file.write(line + "\n")
         return times
 
-    def copy(self) -> None:
-        """Times a copy: the bandwidth that there is."""
-        size = COPY_ELEMENTS if jax.default_backend() == "gpu" else 2**20
-        x = jax.random.normal(jax.random.key(0), (size,), jnp.bfloat16)
+    def ceilings(self) -> None:
+        """Times what there is: a copy, for its bandwidth, and a product in bfloat16."""
+        on_gpu = jax.default_backend() == "gpu"
+        x = jax.random.normal(
+            jax.random.key(0), (COPY_ELEMENTS if on_gpu else 2**20,), jnp.bfloat16
+        )
         copy = ours(lambda x: x + jnp.asarray(1, x.dtype), [(x,)], "copy")
         self.time("ceiling", f"{x.nbytes / 2**20:.0f} MiB", [copy], moved=2 * x.nbytes)
+        size = 8192 if on_gpu else 512
+        a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in (1, 2))
+        matmul = ours(lambda a, b: a @ b.T, [(a, b)], "xla bf16", CUBLAS)
+        self.time("ceiling", f"{size}x{size}x{size}", [matmul], flops=2 * size**3)
 
     def table(self) -> None:
         """Prints the rows, in each unit that they have a figure in: burst, then sustained."""
