@@ -38,6 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from whalejax.kernels.fp8_gemm import tensor_core
 from whalejax.kernels.fp8_gemm.tuning import (
     BLOCK_K,
+    PANEL_ROWS,
     WALK_WORDS,
     WARPGROUP_ROWS,
     Tuning,
@@ -55,7 +56,7 @@ from whalejax.kernels.mosaic import (
 
 F32, E4M3 = jnp.float32, jnp.float8_e4m3fn
 COPIES = 4  # that fill a slot: x, w, and the scales of both
-SCALES_AT_ONCE = 32  # of w, along K: TMA writes to multiples of 128 bytes
+SCALES_AT_ONCE = 32  # of w, along K: TMA writes multiples of 128 bytes to multiples of 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,13 +211,16 @@ def load_items(p: Problem, t: Tuning, refs: Refs) -> None:
     An item's first slot says which it is.
     """
     X, W = for_tma(refs.X, p.m, p.k), for_tma(refs.W, p.n, p.k)
+    loaded = rows_loaded(p, t, PANEL_ROWS * t.cluster)
+    loaded_scales = rows_loaded(p, t, SCALES_AT_ONCE)
     count, item_at = walk(p, t, refs)
     refs.WALK[0, COUNT] = count
 
     def real(share, item, g):
         peers = "peer" if t.cluster > 1 else None
         x_peers, w_peers = (peers, None) if share == "x" else (None, peers)
-        rows = pl.ds(item.row * WARPGROUP_ROWS, t.tile_m)
+        rows = pl.ds(item.row * WARPGROUP_ROWS, loaded)
+        scale_rows = pl.ds(item.row * WARPGROUP_ROWS, loaded_scales)
         first_column = item.column * t.tile_n
         columns = pl.ds(first_column, t.tile_n)
         blocks = pl.ds(lax.div(first_column, BLOCK_K), num_scales(p.n, t))
@@ -229,9 +233,12 @@ def load_items(p: Problem, t: Tuning, refs: Refs) -> None:
             pl.when(j == 0)(functools.partial(announce, refs, item, slot))
             k, full = pl.ds(j * BLOCK_K, BLOCK_K), refs.full.at[slot]
             x, w = refs.x.at[x_group, rows, k], refs.w.at[group, columns, k]
-            plgpu.copy_gmem_to_smem(x, X.at[slot], full, collective_axes=x_peers)
+            x_slot = X.at[slot, pl.ds(0, loaded)]
+            plgpu.copy_gmem_to_smem(x, x_slot, full, collective_axes=x_peers)
             plgpu.copy_gmem_to_smem(w, W.at[slot], full, collective_axes=w_peers)
-            plgpu.copy_gmem_to_smem(refs.x_scales.at[x_group, j, rows], refs.XS.at[slot], full)
+            x_scales = refs.x_scales.at[x_group, j, scale_rows]
+            scales_slot = refs.XS.at[slot, pl.ds(0, loaded_scales)]
+            plgpu.copy_gmem_to_smem(x_scales, scales_slot, full)
             at_once = pl.ds(lax.div(j, SCALES_AT_ONCE) * SCALES_AT_ONCE, SCALES_AT_ONCE)
             w_scales = refs.w_scales.at[group, blocks, at_once]
             plgpu.copy_gmem_to_smem(w_scales, refs.WS.at[slot], full)
@@ -253,6 +260,15 @@ def load_items(p: Problem, t: Tuning, refs: Refs) -> None:
         return load(item, g)
 
     drain(t, refs, lax.fori_loop(0, count, load_item, 0))
+
+
+def rows_loaded(p: Problem, t: Tuning, multiple: int) -> int:
+    """Rows of x that a tile loads.
+
+    TMA takes longer for rows that lie outside than for none. What is left in SMEM there is
+    multiplied, and not stored.
+    """
+    return min(t.tile_m, -(-p.m // multiple) * multiple)
 
 
 def announce(refs: Any, item: tuple, slot: jax.Array) -> None:

@@ -80,6 +80,8 @@ def grouped_operands(sizes, *, tokens=False):
         ((65, 200, 144), "bfloat16", Tuning(tile_n=96, stages=2)),  # at 0, 96, 64: not in order
         ((65, 256, 144), "float32", Tuning(tile_n=192, stages=2)),
         ((70, 136, 272), "bfloat16", Tuning(tile_m=64, tile_n=56, stages=2)),  # not swizzled
+        ((3, 136, 272), "float32", Tuning(tile_m=64, tile_n=64, stages=2)),  # 8 rows are loaded
+        ((3, 136, 272), "bfloat16", Tuning(tile_m=64, tile_n=64, stages=2, cluster=2, share="x")),
         ((1, 16, 4240), "float32", Tuning(tile_m=64, tile_n=16, stages=4)),  # 34 scales: two loads
         ((129, 24, 16), "bfloat16", Tuning(tile_n=32, stages=4)),  # less than a K block
         ((300, 136, 144), "bfloat16", Tuning(tile_m=256, tile_n=80, stages=2)),  # two waves
