@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,20 @@ def test_absorbed_equals_expanded_at_every_position(config, new):
         np.testing.assert_allclose(
             got[active], full[active, end - new : end], atol=2e-5 * np.abs(full).max()
         )
+
+
+def test_decode_writes_the_cache_where_it_lies(config):
+    graphdef, state = nnx.split(jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    shape = (config.num_hidden_layers, 4096, 64, config.mla.cache_dim)
+    pages = jax.ShapeDtypeStruct(shape, jnp.float32)
+    tokens, table, lengths = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, 1), (2, 4), (2,)))
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(state, pages, tokens, table, lengths):
+        return decode(nnx.merge(graphdef, state), tokens, pages, table, lengths)
+
+    memory = step.lower(state, pages, tokens, table, lengths).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < pages.size * 4 / 10
 
 
 def test_rotation_depends_on_the_distance_alone():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from whalejax.kernels.mla import mla_workers, plan_mla_decode
 from whalejax.model.config import ModelConfig
 from whalejax.model.linear import Precision
 from whalejax.model.mla import MLA, PagedCache, attend_absorbed, attend_expanded
@@ -167,8 +168,8 @@ def decoder_layer(
 
 
 def scan_layers(
-    layer: Callable, layers: nnx.Module, x: jax.Array, *extra: Any, rematerialise: str = "none"
-) -> tuple[jax.Array, Any]:
+    layer: Callable, layers: nnx.Module, x: Any, *extra: Any, rematerialise: str = "none"
+) -> tuple[Any, Any]:
     """Runs `layer(p, x, *slice of extra) -> (x, y)` over stacked layers; stacks the ys."""
     graphdef, state = nnx.split(layers)
 
@@ -252,19 +253,27 @@ def decode(
     new = jnp.arange(-tokens.shape[1], 0, dtype=jnp.int32)
     angles = rotary(jnp.maximum(lengths[:, None] + new[None], 0), config.mla)
 
-    def layer(p, x, layer_pages):
+    # the cache is one array of all layers' pages, which each layer's table points into: so that it
+    # is written where it lies, and no layer's part is copied
+    num_layers, num_pages, *page = pages.shape
+    heads = config.mla.num_attention_heads
+    plan = plan_mla_decode(lengths, workers=mla_workers(tokens.shape[1], heads))
+
+    def layer(p, carry, first_page):
+        x, all_pages = carry
         normed = rms_norm(x, p.input_layernorm, config.rms_norm_eps)
-        cache = PagedCache(layer_pages, page_table, lengths)
-        out, layer_pages = attend_absorbed(
+        cache = PagedCache(all_pages, page_table + first_page, lengths, plan)
+        out, all_pages = attend_absorbed(
             p.self_attn, normed, angles, config.mla, cache, fp8=execution.precision.fp8
         )
-        return feed_forward(p, x + out, config, execution)[0], layer_pages
+        return (feed_forward(p, x + out, config, execution)[0], all_pages), None
 
-    dense, updated = config.num_dense_layers, []
+    carry = x, pages.reshape(num_layers * num_pages, *page)
+    first_pages = jnp.arange(num_layers, dtype=jnp.int32) * num_pages
+    dense = config.num_dense_layers
     if dense:
-        x, new_pages = scan_layers(layer, model.dense_layers, x, pages[:dense])
-        updated.append(new_pages)
+        carry, _ = scan_layers(layer, model.dense_layers, carry, first_pages[:dense])
     if config.num_moe_layers:
-        x, new_pages = scan_layers(layer, model.moe_layers, x, pages[dense:])
-        updated.append(new_pages)
-    return rms_norm(x, model.norm, config.rms_norm_eps), jnp.concatenate(updated)
+        carry, _ = scan_layers(layer, model.moe_layers, carry, first_pages[dense:])
+    x, all_pages = carry
+    return rms_norm(x, model.norm, config.rms_norm_eps), all_pages.reshape(pages.shape)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from whalejax.kernels.attention import attention
-from whalejax.kernels.mla import append, mla_decode
+from whalejax.kernels.mla import Plan, append, mla_decode
 from whalejax.model.config import MLAConfig
 from whalejax.model.linear import linear, weight_in
 from whalejax.model.parameters import Initializer, rms_norm
@@ -38,17 +38,19 @@ class MLA(nnx.Module):
 
 
 class PagedCache(NamedTuple):
-    """What decode reads and writes of one layer: see `kernels.mla.mla_decode`.
+    """What decode reads and writes in a layer: see `kernels.mla.mla_decode`.
 
     Attributes:
-      pages: `[pages, page_size, cache_dim]`.
-      page_table: `i32[b, max_pages]`.
+      pages: `[pages, page_size, cache_dim]`, of this layer or of all.
+      page_table: `i32[b, max_pages]`, this layer's pages among them.
       lengths: `i32[b]`, tokens in the cache once the new ones are written.
+      plan: how the lengths are shared out, the same in all layers.
     """
 
     pages: jax.Array
     page_table: jax.Array
     lengths: jax.Array
+    plan: Plan
 
 
 def queries(
@@ -152,6 +154,7 @@ def attend_absorbed(
             cache.lengths,
             v_dim=config.kv_lora_rank,
             scale=config.softmax_scale,
+            plan=cache.plan,
         )
     values = jnp.einsum("bthc,hvc->bthv", out.astype(x.dtype), value_up)
     return linear(values.reshape(batch, new, -1), p.o_proj, fp8=fp8), pages
