@@ -253,7 +253,7 @@ def load_items(p: Problem, t: Tuning, refs: Refs) -> None:
     def load_item(i, g):
         item, beside = item_at(i)
         load = functools.partial(real, t.share)
-        if beside is not False:
+        if p.masked and t.group[0] > 1:
             load = functools.partial(lax.cond, beside, functools.partial(real, "x"), load)
         if p.masked:
             return lax.cond(is_real(t, item.filled), load, padding, item, g)

@@ -25,7 +25,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from whalejax.kernels import mosaic
 from whalejax.kernels.mosaic import compiler_params, flat, transforms
 from whalejax.kernels.quantization.reference import BLOCK, MANTISSA, MIN_AMAX
 
@@ -49,7 +48,6 @@ class Plan:
       masked: rows past a block's count are zero in the transposed output.
       power_of_two: scales are powers of two.
       warpgroups, depth: of a CTA; blocks in a warpgroup's ring.
-      width: blocks across a band in which the array is walked, see `mosaic.place`.
     """
 
     groups: int
@@ -64,7 +62,6 @@ class Plan:
     power_of_two: bool = False
     warpgroups: int = 4
     depth: int = 2
-    width: int = 1
 
     @property
     def rows(self) -> int:
@@ -168,8 +165,8 @@ def work(p: Plan, refs: Refs, ctas: int) -> None:
         """Group, first row and block of columns of this warpgroup's i-th block."""
         number = first + i * step
         of_group = lax.rem(number, blocks_m * blocks_k)
-        row, column = mosaic.place(of_group, blocks_m, blocks_k, p.width)
-        return lax.div(number, blocks_m * blocks_k), row * p.rows, column
+        row = lax.div(of_group, blocks_k) * p.rows
+        return lax.div(number, blocks_m * blocks_k), row, lax.rem(of_group, blocks_k)
 
     def load(i, slot):
         group, row, column = block_at(i)

@@ -117,6 +117,24 @@ def test_a_plan_that_is_given_is_followed(run):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
+def many_pieces(q, pages, table, lengths):
+    """Decodes one sequence cut so often that warpgroups share its pieces."""
+    plan = plan_mla_decode(lengths, workers=10)
+    return decode(128, plan=plan)(q, pages, table, lengths)
+
+
+def test_many_pieces_are_merged(run):
+    q, pages, table, lengths = draw([1200], heads=3)
+    out, lse = run(many_pieces, q, pages, table, lengths)
+    expected, expected_lse = truth(q, pages, table, lengths, 128, 192**-0.5, True)
+    assert_rows_close(out, expected, tolerance=5e-3)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_many_pieces_has_no_races(assert_no_races):
+    assert_no_races(many_pieces, *draw([1200], heads=3))
+
+
 @pytest.mark.parametrize("delayed", [True, False])
 def test_there_are_no_races(assert_no_races, delayed):
     assert_no_races(decode(128, delayed=delayed), *draw([70, 200, 0], s_q=2, heads=5))
