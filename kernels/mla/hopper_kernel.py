@@ -39,10 +39,10 @@ def build(p: Problem):
     q is `[b, rows, d]`, keys are `[blocks, 64, d]`.
 
     Returns:
-      `out [b, rows, columns]` and `lse f32[b, rows]` of sequences that are not cut; of the pieces
-      of others `parts [2 * workers, 2, rows, columns]`, as a rounded number and what rounding took
-      off, and `f32[2 * workers, tiles * 64]`, base-2 logarithms or `NEVER` where a row sees no key.
-      See `Piece.part`.
+      `out [b, rows, columns]` and `lse f32[b, tiles * 64]` of sequences that are not cut; of the
+      pieces of others `parts [2 * workers, 2, rows, columns]`, as a rounded number and what
+      rounding took off, and `f32[2 * workers, tiles * 64]`, base-2 logarithms or `NEVER` where a
+      row sees no key. See `Piece.part`. Sums are padded to whole tiles: TMA does not clip a vector.
     """
 
     def body(*refs):
@@ -69,7 +69,7 @@ def build(p: Problem):
         body,
         out_type=[
             jax.ShapeDtypeStruct((p.batch, p.rows, p.columns), p.dtype),
-            jax.ShapeDtypeStruct((p.batch, p.rows), F32),
+            jax.ShapeDtypeStruct((p.batch, p.tiles * ROWS), F32),
             jax.ShapeDtypeStruct((2 * p.workers, 2, p.rows, p.columns), p.dtype),
             jax.ShapeDtypeStruct((2 * p.workers, p.tiles * ROWS), F32),
         ],
