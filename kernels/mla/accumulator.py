@@ -8,8 +8,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.mla.sizes import BLOCK, ROWS
-from whalejax.kernels.mla.worker import BY_ROW, F32, SLOTS, Step, Warpgroup
+from whalejax.kernels.mla.worker import BY_ROW, F32, SLOTS, Warpgroup
 from whalejax.kernels.mosaic import interpreted
+
+SMALLEST = 1e-30  # largest number of a row that is stored in units of it: others are zeros
 
 
 class Accumulator(Warpgroup):
@@ -17,6 +19,7 @@ class Accumulator(Warpgroup):
 
     def __init__(self, p, refs, worker, tile, side: int):
         super().__init__(p, refs, worker, tile)
+        self.side = side
         left, right = p.halves
         self.columns = pl.ds(0, left) if side == 0 else pl.ds(left, right)
         self.ring = (refs.LEFT, refs.RIGHT)[side]
@@ -24,16 +27,15 @@ class Accumulator(Warpgroup):
 
     def run(self) -> None:
         """Works through all pieces."""
-        ahead = self.first_step()
-        for slot in range(SLOTS):
-            self.refill(ahead, slot)
-            ahead = self.next_step(ahead)
+        *first, ahead = self.first_steps(SLOTS + 1)
+        for slot, step in enumerate(first):
+            self.refill(step, slot)
         plgpu.barrier_arrive(self.refs.taken)
 
         def piece(sequence, carry):
             (g, ahead), own = carry, self.piece(sequence)
             plgpu.barrier_wait(self.refs.scored.at[lax.rem(g, SLOTS)])
-            ahead = self.refill_if(own.first < own.last, ahead, lax.rem(g, SLOTS))
+            ahead = self.refill_if(own.first < own.last, ahead, lax.rem(g, SLOTS), self.next_step)
             self.await_queries(g)
             start = g + 1, ahead, self.zeros()
             g, ahead, acc = lax.fori_loop(own.first, own.last, self.block(own), start)
@@ -67,11 +69,14 @@ class Accumulator(Warpgroup):
         """Loads a step into a slot that was read."""
         self.load(step, self.columns, self.ring.at[slot], self.refs.full.at[slot])
 
-    def refill_if(self, condition, step, slot):
+    def refill_if(self, condition, step, slot, following):
         """Refills a slot under a condition; returns the step that is next."""
-        pl.when(condition)(functools.partial(self.refill, step, slot))
-        following = self.next_step(step)
-        return Step(*(jnp.where(condition, a, b) for a, b in zip(following, step, strict=True)))
+
+        def refill():
+            self.refill(step, slot)
+            return following(step)
+
+        return lax.cond(condition, refill, lambda: step)
 
     def block(self, piece):
         """The loop's body over the blocks of a piece, of which the last one's slot is kept."""
@@ -79,6 +84,7 @@ class Accumulator(Warpgroup):
         def step(j, carry):
             g, ahead, acc = carry
             slot, left = lax.rem(g, SLOTS), piece.length - j * BLOCK
+            following = self.next_step(ahead)  # whose loads have time until the next round
             plgpu.barrier_wait(self.refs.scored.at[slot])
             factor = plgpu.load(self.refs.FACTORS.at[slot], layout=BY_ROW)
             acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
@@ -86,7 +92,8 @@ class Accumulator(Warpgroup):
             plgpu.barrier_wait(self.refs.read.at[lax.rem(g + int(self.p.delayed), SLOTS)])
             acc = add_product(acc, self.refs.P, self.ring.at[slot])
             plgpu.barrier_arrive(self.refs.taken)
-            return g + 1, self.refill_if(j + 1 < piece.last, ahead, slot), acc
+            ahead = self.refill_if(j + 1 < piece.last, ahead, slot, lambda _: following)
+            return g + 1, ahead, acc
 
         return step
 
@@ -104,23 +111,29 @@ class Accumulator(Warpgroup):
         parity = lax.rem(sequence - self.begin[0], 2)
         plgpu.barrier_wait(self.refs.finished.at[parity])
         inverse = plgpu.load(self.refs.FACTORS.at[SLOTS + parity], layout=BY_ROW)
-        acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-
         rows = pl.ds(self.tile * ROWS, ROWS)  # those past the output's are not stored
+
+        def scaled(factor):
+            return acc * lax.broadcast_in_dim(factor, acc.shape, [0])
 
         @pl.when(~piece.cut)
         def _whole():
-            self.send(acc, slot, self.refs.out.at[sequence, rows, self.columns])
+            out = scaled(inverse).astype(self.p.dtype)
+            self.send(out, slot, self.refs.out.at[sequence, rows, self.columns])
 
         @pl.when(piece.cut)
         def _part():
-            high = acc.astype(self.p.dtype)
-            for part, values in enumerate((high, acc - high.astype(F32))):
-                self.send(values, slot, self.refs.parts.at[piece.part, part, rows, self.columns])
+            top = jnp.abs(acc).max(axis=1)
+            part = scaled(jnp.where(top > SMALLEST, 1 / top, 0.0)).astype(jnp.float16)
+            if self.p.dtype != jnp.float16:  # its memory is another dtype's
+                part = lax.bitcast_convert_type(part, self.p.dtype)
+            tops = self.refs.part_tops.at[piece.part, self.side, rows]
+            tops[...] = top * inverse
+            self.send(part, slot, self.refs.parts.at[piece.part, rows, self.columns])
 
     def send(self, values, slot, target):
         """Stores values through a slot."""
-        self.ring[slot] = values.astype(self.p.dtype)
+        self.ring[slot] = values
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(self.ring.at[slot], target)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -78,11 +78,11 @@ def mla_decode(
     num_rows, blocks = s_q * heads, kv_pages.reshape(-1, BLOCK, d)
     rows = jnp.pad(q.reshape(batch, num_rows, d), ((0, 0), (0, p.rows - num_rows), (0, 0)))
     arguments = plan.pieces, plan.bounds, lengths, page_table, rows, blocks
-    pieces, *arguments = mosaic.unvarying(arguments)
-    out, lse, *parts = mosaic.call(build, p, arguments=tuple(arguments))
+    pieces, bounds, *arguments = mosaic.unvarying(arguments)
+    out, lse, *parts = mosaic.call(build, p, arguments=(bounds, *arguments))
     out, lse = jax.new_ref(out), jax.new_ref(lse)
     if p.workers > 1:  # else nothing can be cut
-        mosaic.call(build_merge, p, arguments=(pieces, *parts, out, lse))
+        mosaic.call(build_merge, p, arguments=(pieces, bounds, *parts, out, lse))
     out = jax.freeze(out)[:, :num_rows, :v_dim].reshape(batch, s_q, heads, v_dim)
     lse = jax.freeze(lse)[:, :num_rows].reshape(batch, s_q, heads)
     return out, lse.transpose(0, 2, 1)

@@ -39,10 +39,10 @@ def build(p: Problem):
     q is `[b, rows, d]`, keys are `[blocks, 64, d]`.
 
     Returns:
-      `out [b, rows, columns]` and `lse f32[b, tiles * 64]` of sequences that are not cut; of the
-      pieces of others `parts [2 * workers, 2, rows, columns]`, as a rounded number and what
-      rounding took off, and `f32[2 * workers, tiles * 64]`, base-2 logarithms or `NEVER` where a
-      row sees no key. See `Piece.part`. Sums are padded to whole tiles: TMA does not clip a vector.
+      `out [b, rows, columns]` and `lse f32[b, padded rows]` of sequences that are not cut; of the
+      pieces of others (see `Piece.part`) the bits of `parts f16[2 * workers, rows, columns]` in
+      units of `f32[2 * workers, 2, tiles * 64]`, which are the largest of each half of a row, and
+      `f32[2 * workers, tiles * 64]`, base-2 logarithms or `NEVER` where a row sees no key.
     """
 
     def body(*refs):
@@ -69,8 +69,9 @@ def build(p: Problem):
         body,
         out_type=[
             jax.ShapeDtypeStruct((p.batch, p.rows, p.columns), p.dtype),
-            jax.ShapeDtypeStruct((p.batch, p.tiles * ROWS), F32),
-            jax.ShapeDtypeStruct((2 * p.workers, 2, p.rows, p.columns), p.dtype),
+            jax.ShapeDtypeStruct((p.batch, p.padded_rows), F32),
+            jax.ShapeDtypeStruct((2 * p.workers, p.rows, p.columns), p.dtype),
+            jax.ShapeDtypeStruct((2 * p.workers, 2, p.tiles * ROWS), F32),
             jax.ShapeDtypeStruct((2 * p.workers, p.tiles * ROWS), F32),
         ],
         scratch_types=[

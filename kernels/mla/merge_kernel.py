@@ -1,10 +1,11 @@
 """Merges the pieces of sequences that the plan of a paged decode cuts.
 
-A CTA takes a few rows of queries of one sequence and adds up its pieces; like the decode among
-blocks, it rescales what it has when a larger score turns up. Several rows are loaded at once, for
-loads are all that this waits for. Where sequences have many pieces, warpgroups share them.
+A warpgroup adds up the pieces of a few rows of queries; like the decode among blocks, it rescales
+what it has when a larger score turns up. Loads are all that this waits for, so several rows are
+loaded at once, and where rows are few, warpgroups share the pieces of one.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,78 +14,130 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from whalejax.kernels.mla.plan import CUTS, WORKER
+from whalejax.kernels.mla.plan import CUTS, FIRST, SEQUENCE, WORKER
 from whalejax.kernels.mla.worker import F32, NEVER, REAL, Problem, natural
 from whalejax.kernels.mosaic import compiler_params
 
-MANY = 8  # pieces of a sequence, from which on warpgroups share them
-AT_ONCE = 8  # rows of pieces whose loads are under way together
+WARPGROUPS = 4
+FEW_ROWS = 512  # that warpgroups share: one each would leave multiprocessors idle
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """How the work is shared out.
+
+    Attributes:
+      together: whether a CTA's warpgroups share the pieces of one row.
+      rows: that a warpgroup takes at once.
+      pieces: of each of them whose loads are under way together.
+      by_worker: whether sequences are found by their first cut, one of a worker's bounds each,
+        where there are more sequences than workers.
+    """
+
+    together: bool
+    rows: int
+    pieces: int
+    by_worker: bool
+
+    @classmethod
+    def of(cls, p: Problem) -> "Shares":
+        """For as many pieces as sequences of equal lengths have."""
+        pieces = -(-p.workers // p.batch) + 1
+        together = p.batch * p.rows <= FEW_ROWS and pieces > 4
+        if together:
+            rows, at_once = 1, 4 if pieces <= 4 * WARPGROUPS else 8
+        else:
+            rows, at_once = (2, 4) if pieces <= 4 else (1, 8)
+        return cls(together, rows, at_once, p.batch > p.workers)
 
 
 def build(p: Problem) -> Any:
-    """The kernel as a function of a plan's pieces, parts and their sums.
+    """The kernel as a function of a plan's pieces and bounds, parts, their units and sums.
 
     Two more arguments, mutable arrays, are the output and its sums, of which it writes what belongs
     to sequences that are cut.
     """
-    warpgroups, rows = (4, 1) if p.workers >= MANY * p.batch else (1, 4)
+    shares = Shares.of(p)
+    together, rows = shares.together, shares.rows
 
-    def body(pieces, parts, part_lse, out, lse, TOP, TOTAL, ACC, done):
-        sequence, wg = lax.axis_index("sequence"), lax.axis_index("wg")
-        first_row = lax.axis_index("chunk") * rows
+    def body(pieces, bounds, parts, part_tops, part_lse, out, lse, TOP, TOTAL, ACC, done):
+        wg = lax.axis_index("wg")
+        first_row = (lax.axis_index("chunk") * (1 if together else WARPGROUPS) + wg) * rows
+        if together:
+            first_row = lax.axis_index("chunk")
+        sequence, there = cut_sequence(bounds, lax.axis_index("number"), shares)
         worker, cuts = pieces[sequence, WORKER], pieces[sequence, CUTS]
 
-        @pl.when(cuts > 0)
+        @pl.when(there & (cuts > 0))
         def _merge():
-            load = functools.partial(load_row, p, parts, part_lse, worker, cuts)
-            several = AT_ONCE // rows
+            load = functools.partial(load_row, p, parts, part_tops, part_lse, worker, cuts)
+            groups = WARPGROUPS if together else 1
 
             def step(i, states):
-                numbers = [wg + (i * several + j) * warpgroups for j in range(several)]
+                numbers = [i * shares.pieces + j for j in range(shares.pieces)]
+                if together:
+                    numbers = [n * WARPGROUPS + wg for n in numbers]
                 loaded = [[load(n, first_row + row) for row in range(rows)] for n in numbers]
                 for found in loaded:
                     states = [merge(*both) for both in zip(states, found, strict=True)]
                 return states
 
-            steps = lax.div(cuts + several * warpgroups, several * warpgroups)
+            each = shares.pieces * groups
             nothing = jnp.float32(2 * REAL), jnp.float32(0), spread(p, 0)
-            states = lax.fori_loop(0, steps, step, [nothing] * rows)
-            if warpgroups > 1:
-                [(TOP[wg], TOTAL[wg], acc)] = states
-                ACC[wg] = acc
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(done)
+            states = lax.fori_loop(0, lax.div(cuts + each, each), step, [nothing] * rows)
 
-            @pl.when(wg == 0)
-            def _store():
-                found = states
-                if warpgroups > 1:
-                    plgpu.barrier_wait(done)
-                    for other in range(1, warpgroups):
-                        acc = plgpu.load(ACC.at[other], layout=layout(p))
-                        found = [merge(found[0], (TOP[other], TOTAL[other], acc))]
-                for row, (top, total, acc) in enumerate(found):
+            def store(states):
+                for row, (top, total, acc) in enumerate(states):
                     inverse = jnp.where(total > 0, 1 / total, 0.0)
                     at = sequence, first_row + row
                     out.at[at][...] = (acc * inverse).astype(p.dtype)
                     lse[at] = natural(top, total)
 
+            if not together:
+                store(states)
+                return
+            [(TOP[wg], TOTAL[wg], acc)] = states
+            ACC[wg] = acc
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(done)
+
+            @pl.when(wg == 0)
+            def _last():
+                plgpu.barrier_wait(done)
+                found = states[0]
+                for other in range(1, WARPGROUPS):
+                    acc = plgpu.load(ACC.at[other], layout=layout(p))
+                    found = merge(found, (TOP[other], TOTAL[other], acc))
+                store([found])
+
+    chunk = 1 if together else WARPGROUPS * rows
     return plgpu.kernel(
         body,
         out_type=(),
         scratch_types=[
-            plgpu.SMEM((warpgroups,), F32),
-            plgpu.SMEM((warpgroups,), F32),
-            plgpu.SMEM((warpgroups, p.columns), F32),
-            plgpu.Barrier(num_arrivals=warpgroups),
+            plgpu.SMEM((WARPGROUPS,), F32),
+            plgpu.SMEM((WARPGROUPS,), F32),
+            plgpu.SMEM((WARPGROUPS if together else 1, p.columns), F32),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
         ],
-        grid=(p.batch, p.rows // rows),
-        grid_names=("sequence", "chunk"),
-        num_threads=warpgroups,
+        grid=(p.workers - 1 if shares.by_worker else p.batch, p.rows // chunk),
+        grid_names=("number", "chunk"),
+        num_threads=WARPGROUPS,
         thread_name="wg",
         kernel_name="mla_merge",
         compiler_params=compiler_params(),
     )
+
+
+def cut_sequence(bounds, number, shares):
+    """The sequence that a number stands for, and whether it stands for any."""
+    if not shares.by_worker:
+        return number, True
+    (before, begun), (sequence, first) = (
+        (bounds[number + i, SEQUENCE], bounds[number + i, FIRST]) for i in range(2)
+    )
+    first_cut = (first > 0) & ((before < sequence) | (begun == 0))
+    return jnp.where(first_cut, sequence, 0), first_cut
 
 
 def layout(p):
@@ -97,7 +150,7 @@ def spread(p, number):
     return plgpu.layout_cast(jnp.full((p.columns,), number, F32), layout(p))
 
 
-def load_row(p, parts, part_lse, worker, cuts, number, row):
+def load_row(p, parts, part_tops, part_lse, worker, cuts, number, row):
     """A row of a sequence's `number`-th piece: its largest score, sum and columns, see `merge`.
 
     As what was scaled by the sum before, its sum is one. There may be no such piece.
@@ -106,10 +159,13 @@ def load_row(p, parts, part_lse, worker, cuts, number, row):
     number = jnp.minimum(number, cuts)
     part = 2 * (worker + number) + (number == 0).astype(jnp.int32)  # see `Piece.part`
     sums = jnp.where(real, part_lse[part, row], NEVER)
-    high, low = (
-        plgpu.load(parts.at[part, half, row], layout=layout(p)).astype(F32) for half in range(2)
-    )
-    return sums, jnp.float32(1), high + low
+    values = plgpu.load(parts.at[part, row], layout=layout(p))
+    if values.dtype != jnp.float16:
+        values = lax.bitcast_convert_type(values, jnp.float16)
+    column = plgpu.broadcasted_iota(jnp.int32, (p.columns,), 0, layout=layout(p))
+    left, right = (spread(p, part_tops[part, side, row]) for side in range(2))
+    unit = jnp.where(column < p.halves[0], left, right)
+    return sums, jnp.float32(1), values.astype(F32) * unit
 
 
 def merge(one, other):

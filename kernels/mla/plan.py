@@ -17,7 +17,7 @@ from whalejax.kernels.mla.sizes import BLOCK
 PIECE_CELLS = 2  # what a piece costs beside its blocks, in their time
 CUT_CELLS = 4  # what it costs that there is something to merge
 FEW = 1024  # sequences whose cells one kernel sums
-SEQUENCE, FIRST = range(2)  # columns of `Plan.bounds`
+SEQUENCE, FIRST, LENGTH = range(3)  # columns of `Plan.bounds`
 WORKER, CUTS = range(2)  # of `Plan.pieces`
 
 
@@ -27,8 +27,8 @@ class Plan:
     """Where a batch is cut.
 
     Attributes:
-      bounds: `i32[workers + 1, 2]`. Worker w has what lies between row w and row w + 1, each a
-        sequence and a block of 64 keys in it.
+      bounds: `i32[workers + 1, 3]`. Worker w has what lies between row w and row w + 1, each a
+        sequence, a block of 64 keys in it, and the sequence's length, 0 behind the last.
       pieces: `i32[b, 2]`: of each sequence the worker that has its first block, and how often it is
         cut; the workers that follow have one piece each.
     """
@@ -72,10 +72,9 @@ def plan_mla_decode(lengths: jax.Array, *, workers: int) -> Plan:
     before = jnp.max(jnp.where(passed, ends[None], 0), axis=1)
     # no cut falls into the cells in front of a sequence's blocks
     first = jnp.where(sequence < batch, jnp.maximum(cell - before - PIECE_CELLS, 0), 0)
-    bounds = (
-        jnp.where(whole, jnp.minimum(worker * share, batch), sequence),
-        jnp.where(whole, 0, first),
-    )
+    sequence = jnp.where(whole, jnp.minimum(worker * share, batch), sequence)
+    length = jnp.where(sequence < batch, lengths[jnp.minimum(sequence, batch - 1)], 0)
+    bounds = sequence, jnp.where(whole, 0, first), length
     starts = jax.lax.div(ends - cells + PIECE_CELLS, stretch)
     cuts = jax.lax.div(ends + stretch - 1, stretch) - (starts + 1)
     pieces = starts, jnp.where(whole, 0, jnp.maximum(cuts, 0))  # of no keys: less than no cut

@@ -18,9 +18,9 @@ class Scorer(Warpgroup):
 
     def run(self) -> None:
         """Works through all pieces."""
-        ahead = self.first_step()
-        self.load_tail(ahead)
-        start = 0, self.next_step(ahead)
+        queries, ahead = self.first_steps(2)
+        self.load_tail(queries)
+        start = 0, ahead
         g, _ = lax.fori_loop(self.begin[0], self.stop, self.score_piece, start)
         plgpu.barrier_arrive(self.refs.read.at[lax.rem(g, SLOTS)])
         plgpu.barrier_wait(self.refs.taken)  # by the last block
@@ -53,11 +53,19 @@ class Scorer(Warpgroup):
 
         @pl.when(~piece.cut)
         def _whole():
-            staged, rows = refs.FACTORS.at[SLOTS + 2], pl.ds(self.tile * ROWS, ROWS)
+            staged = refs.FACTORS.at[SLOTS + 2]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             staged[...] = natural(top, total)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staged, refs.lse.at[sequence, rows])
+            if self.p.padded_rows < ROWS:  # fewer than TMA moves
+
+                def store(row, _):
+                    refs.lse[sequence, row] = staged[row]
+
+                lax.fori_loop(0, self.p.padded_rows, store, None)
+            else:
+                rows = pl.ds(self.tile * ROWS, ROWS)
+                plgpu.copy_smem_to_gmem(staged, refs.lse.at[sequence, rows])
 
         @pl.when(piece.cut)
         def _part():
@@ -90,7 +98,7 @@ class Scorer(Warpgroup):
             g, ahead, top, total = carry
             slot, left = lax.rem(g, SLOTS), length - j * BLOCK
             plgpu.barrier_wait(refs.full.at[slot])
-            scores = self.scores(slot, queries)
+            scores, following = self.scores(slot, queries, ahead)
             plgpu.barrier_arrive(refs.read.at[slot])
             self.load_tail(ahead)
 
@@ -106,12 +114,12 @@ class Scorer(Warpgroup):
             plgpu.commit_smem()
             plgpu.barrier_arrive(refs.scored.at[slot])
             total = total * change + weights.sum(axis=1)
-            return g + 1, self.next_step(ahead), raised, total
+            return g + 1, following, raised, total
 
         return step
 
-    def scores(self, slot, queries):
-        """Queries times the keys in a slot."""
+    def scores(self, slot, queries, ahead):
+        """Queries times the keys in a slot, and the step after one, found out meanwhile."""
         refs, (_, right) = self.refs, self.p.halves
         early = [(queries[0], refs.LEFT.at[slot])]
         if right > 64:
@@ -120,17 +128,19 @@ class Scorer(Warpgroup):
         tail = refs.Q.at[:, pl.ds(64, 64)], refs.TAIL
         if interpreted():  # which has no products with a left operand in registers
             plgpu.barrier_wait(refs.tail_full)
-            return sum(
+            found = sum(
                 jnp.dot(x[...].astype(F32), keys[...].astype(F32).T) for x, keys in (*early, tail)
             )
+            return found, self.next_step(ahead)
 
         def multiply(acc):
             for x, keys in early:
                 plgpu.wgmma(acc, x, keys.transpose((1, 0)))
+            following = self.next_step(ahead)
             plgpu.barrier_wait(refs.tail_full)
             x, keys = tail
             plgpu.wgmma(acc, x, keys.transpose((1, 0)))
-            return plgpu.wgmma_accumulator_load(acc)
+            return plgpu.wgmma_accumulator_load(acc), following
 
         return pl.run_scoped(multiply, plgpu.ACC((ROWS, BLOCK), F32))
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from whalejax.kernels.mla.plan import FIRST, SEQUENCE, num_blocks
+from whalejax.kernels.mla.plan import FIRST, LENGTH, SEQUENCE, num_blocks
 from whalejax.kernels.mla.sizes import ROWS, num_tiles
 
 F32 = jnp.float32
@@ -59,6 +59,11 @@ class Problem:
         return -(-self.s_q * self.heads // 8) * 8
 
     @property
+    def padded_rows(self) -> int:
+        """Rows of its sums: those of a vector TMA does not clip."""
+        return self.rows if self.rows < ROWS else self.tiles * ROWS
+
+    @property
     def columns(self) -> int:
         """Columns of the output as the kernels leave it: as many as four warps store at once."""
         return -(-self.v_dim // 128) * 128
@@ -89,6 +94,7 @@ class Refs(NamedTuple):
     out: Any
     lse: Any
     parts: Any
+    part_tops: Any
     part_lse: Any
     LEFT: Any
     RIGHT: Any
@@ -105,10 +111,17 @@ class Refs(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What fills a slot: a sequence's queries, where `block` is -1, or a block of its keys."""
+    """What fills a slot: a sequence's queries, where `block` is -1, or a block of its keys.
+
+    Attributes:
+      last: the end of the worker's blocks of this sequence.
+      place: of the block in the cache, read long before it is used: loads take hundreds of cycles.
+    """
 
     sequence: Any
     block: Any
+    last: Any
+    place: Any
 
 
 class Piece(NamedTuple):
@@ -132,45 +145,66 @@ class Warpgroup:
 
     def __init__(self, p: Problem, refs: Refs, worker: jax.Array, tile: jax.Array):
         self.p, self.refs, self.worker, self.tile = p, refs, worker, tile
-        self.begin = refs.bounds[worker, SEQUENCE], refs.bounds[worker, FIRST]
-        self.end = refs.bounds[worker + 1, SEQUENCE], refs.bounds[worker + 1, FIRST]
+        self.begin = [refs.bounds[worker, i] for i in (SEQUENCE, FIRST, LENGTH)]
+        self.end = [refs.bounds[worker + 1, i] for i in (SEQUENCE, FIRST)]
         self.stop = self.end[0] + (self.end[1] > 0).astype(jnp.int32)  # behind its last sequence
+
+    def length(self, sequence: jax.Array) -> jax.Array:
+        """Keys of a sequence behind the first, for which the plan says it sooner."""
+        return self.refs.lengths[jnp.minimum(sequence, self.p.batch - 1)]
+
+    def last(self, sequence: jax.Array, length: jax.Array) -> jax.Array:
+        """The end of the worker's blocks of a sequence."""
+        return jnp.where(sequence == self.end[0], self.end[1], num_blocks(length))
 
     def piece(self, sequence: jax.Array) -> Piece:
         """The worker's piece of a sequence."""
-        length = self.refs.lengths[jnp.minimum(sequence, self.p.batch - 1)]
-        blocks = num_blocks(length)
-        first = jnp.where(sequence == self.begin[0], self.begin[1], 0)
-        last = jnp.where(sequence == self.end[0], self.end[1], blocks)
+        at_first = sequence == self.begin[0]
+        length = lax.cond(at_first, lambda: self.begin[2], lambda: self.length(sequence))
+        first, last = jnp.where(at_first, self.begin[1], 0), self.last(sequence, length)
         part = 2 * self.worker + (first == 0).astype(jnp.int32)
-        return Piece(first, last, length, part, (first > 0) | (last < blocks))
+        return Piece(first, last, length, part, (first > 0) | (last < num_blocks(length)))
 
-    def first_step(self) -> Step:
-        """The first sequence's queries."""
-        return Step(self.begin[0], jnp.int32(-1))
+    def first_steps(self, count: int) -> list[Step]:
+        """The first sequence's queries, and the steps after them."""
+        sequence, first, length = self.begin
+        last = self.last(sequence, length)
+        steps = [Step(sequence, first - 1, last, 0)]
+        for _ in range(count - 1):
+            steps.append(self.next_step(steps[-1]))
+        return [steps[0]._replace(block=jnp.int32(-1)), *steps[1:]]
 
     def next_step(self, step: Step) -> Step:
         """The step after one; past the last piece, those of no piece."""
-        piece = self.piece(step.sequence)
-        block = jnp.where(step.block < 0, piece.first, step.block + 1)
-        more = block < piece.last
-        return Step(jnp.where(more, step.sequence, step.sequence + 1), jnp.where(more, block, -1))
+        following = step.block + 1
+
+        def stay():
+            return step.sequence, following, step.last
+
+        def go_on():
+            sequence = step.sequence + 1
+            return sequence, jnp.int32(-1), self.last(sequence, self.length(sequence))
+
+        sequence, block, last = lax.cond(following < step.last, stay, go_on)
+        index = jnp.maximum(block, 0)
+        page = self.refs.table[
+            jnp.minimum(sequence, self.p.batch - 1), lax.div(index, self.p.page_blocks)
+        ]
+        place = page * self.p.page_blocks + lax.rem(index, self.p.page_blocks)
+        return Step(sequence, block, last, place)
 
     def load(self, step: Step, columns: Any, target: Any, barrier: Any) -> None:
         """Starts to load columns of a step's keys or queries, if there is such a step."""
-        p, (sequence, block) = self.p, step
-        real = sequence < self.stop
+        real = step.sequence < self.stop
 
-        @pl.when(real & (block >= 0))
+        @pl.when(real & (step.block >= 0))
         def _keys():
-            page = self.refs.table[sequence, lax.div(block, p.page_blocks)]
-            number = page * p.page_blocks + lax.rem(block, p.page_blocks)
-            plgpu.copy_gmem_to_smem(self.refs.kv.at[number, :, columns], target, barrier)
+            plgpu.copy_gmem_to_smem(self.refs.kv.at[step.place, :, columns], target, barrier)
 
-        @pl.when(real & (block < 0))
+        @pl.when(real & (step.block < 0))
         def _queries():
             rows = pl.ds(self.tile * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(self.refs.q.at[sequence, rows, columns], target, barrier)
+            plgpu.copy_gmem_to_smem(self.refs.q.at[step.sequence, rows, columns], target, barrier)
 
 
 def natural(top, total):

@@ -32,7 +32,8 @@ def make(lengths, workers):
     made = jax.tree.map(np.asarray, compiled(jnp.array(lengths, jnp.int32), workers))
     bounds = made.bounds.tolist()
     blocks, pieces = [-(-n // BLOCK) for n in lengths], []
-    for (s0, b0), (s1, b1) in itertools.pairwise(bounds):
+    for (s0, b0, n0), (s1, b1, _) in itertools.pairwise(bounds):
+        assert n0 == [*lengths, 0][s0]
         own = [(s, b0 if s == s0 else 0, blocks[s]) for s in range(s0, s1)]
         if b1:
             own.append((s1, b0 if s1 == s0 else 0, b1))
