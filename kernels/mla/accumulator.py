@@ -36,7 +36,8 @@ class Accumulator(Warpgroup):
             (g, ahead), own = carry, self.piece(sequence)
             plgpu.barrier_wait(self.refs.scored.at[lax.rem(g, SLOTS)])
             ahead = self.refill_if(own.first < own.last, ahead, lax.rem(g, SLOTS), self.next_step)
-            self.await_queries(g)
+            if self.p.delayed:
+                self.await_read(g + 1, own.first < own.last)
             start = g + 1, ahead, self.zeros()
             g, ahead, acc = lax.fori_loop(own.first, own.last, self.block(own), start)
             # through the slot that was read last, and is refilled only now
@@ -45,21 +46,13 @@ class Accumulator(Warpgroup):
             self.refill(ahead, slot)
             return g, self.next_step(ahead)
 
-        g, _ = lax.fori_loop(self.begin[0], self.stop, piece, (0, ahead))
-        if not self.p.delayed:  # the scorer's last word
-            plgpu.barrier_wait(self.refs.read.at[lax.rem(g, SLOTS)])
+        lax.fori_loop(self.begin[0], self.stop, piece, (0, ahead))
         plgpu.wait_smem_to_gmem(0)
 
-    def await_queries(self, g):
-        """Before the blocks of a piece whose queries are the g-th step.
-
-        Nobody reads the first slot's queries before they are there; of each other step the scorer
-        says so, and each must be heard once.
-        """
-        if self.p.delayed:
-            plgpu.barrier_wait(self.refs.read.at[lax.rem(g + 1, SLOTS)])
-        else:
-            pl.when(g > 0)(lambda: plgpu.barrier_wait(self.refs.read.at[lax.rem(g, SLOTS)]))
+    def await_read(self, g, condition):
+        """Waits, under a condition, until the keys of the g-th step are scored or all but."""
+        read = self.refs.read.at[lax.rem(g, SLOTS)]
+        pl.when(condition)(lambda: plgpu.barrier_wait(read))
 
     def zeros(self):
         """The output's accumulators."""
@@ -89,7 +82,8 @@ class Accumulator(Warpgroup):
             factor = plgpu.load(self.refs.FACTORS.at[slot], layout=BY_ROW)
             acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
             pl.when(left < BLOCK)(functools.partial(self.clear, slot, left))
-            plgpu.barrier_wait(self.refs.read.at[lax.rem(g + int(self.p.delayed), SLOTS)])
+            if self.p.delayed:
+                self.await_read(g + 1, j + 1 < piece.last)
             acc = add_product(acc, self.refs.P, self.ring.at[slot])
             plgpu.barrier_arrive(self.refs.taken)
             ahead = self.refill_if(j + 1 < piece.last, ahead, slot, lambda _: following)

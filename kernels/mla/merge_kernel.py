@@ -18,8 +18,9 @@ from whalejax.kernels.mla.plan import CUTS, FIRST, SEQUENCE, WORKER
 from whalejax.kernels.mla.worker import F32, NEVER, REAL, Problem, natural
 from whalejax.kernels.mosaic import compiler_params
 
-WARPGROUPS = 4
-FEW_ROWS = 512  # that warpgroups share: one each would leave multiprocessors idle
+SHARED_BY = 4  # warpgroups, where rows are few
+FEW_ROWS = 512  # one warpgroup for each would leave multiprocessors idle
+CTAS = 640  # that run at once; more would mostly find out that there is nothing to do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,28 +28,31 @@ class Shares:
     """How the work is shared out.
 
     Attributes:
-      together: whether a CTA's warpgroups share the pieces of one row.
+      warpgroups: that share the pieces of a row.
       rows: that a warpgroup takes at once.
       pieces: of each of them whose loads are under way together.
       by_worker: whether sequences are found by their first cut, one of a worker's bounds each,
         where there are more sequences than workers.
+      grid: sequences, and the CTAs that take turns with the rows of one.
     """
 
-    together: bool
+    warpgroups: int
     rows: int
     pieces: int
     by_worker: bool
+    grid: tuple[int, int]
 
     @classmethod
     def of(cls, p: Problem) -> "Shares":
         """For as many pieces as sequences of equal lengths have."""
         pieces = -(-p.workers // p.batch) + 1
-        together = p.batch * p.rows <= FEW_ROWS and pieces > 4
-        if together:
-            rows, at_once = 1, 4 if pieces <= 4 * WARPGROUPS else 8
-        else:
-            rows, at_once = (2, 4) if pieces <= 4 else (1, 8)
-        return cls(together, rows, at_once, p.batch > p.workers)
+        warpgroups = SHARED_BY if p.batch * p.rows <= FEW_ROWS and pieces > 4 else 1
+        rows = 2 if pieces <= 4 else 1
+        at_once = 4 if pieces <= 4 * warpgroups else 8
+        by_worker = p.batch > p.workers
+        count = p.workers - 1 if by_worker else p.batch
+        turns = min(p.rows // rows, max(CTAS // count, 1))
+        return cls(warpgroups, rows, at_once, by_worker, (count, turns))
 
 
 def build(p: Problem) -> Any:
@@ -58,75 +62,74 @@ def build(p: Problem) -> Any:
     to sequences that are cut.
     """
     shares = Shares.of(p)
-    together, rows = shares.together, shares.rows
+    rows, warpgroups, (_, turns) = shares.rows, shares.warpgroups, shares.grid
 
     def body(pieces, bounds, parts, part_tops, part_lse, out, lse, TOP, TOTAL, ACC, done):
-        wg = lax.axis_index("wg")
-        first_row = (lax.axis_index("chunk") * (1 if together else WARPGROUPS) + wg) * rows
-        if together:
-            first_row = lax.axis_index("chunk")
+        wg, turn = lax.axis_index("wg"), lax.axis_index("turn")
         sequence, there = cut_sequence(bounds, lax.axis_index("number"), shares)
         worker, cuts = pieces[sequence, WORKER], pieces[sequence, CUTS]
+        load = functools.partial(load_row, p, parts, part_tops, part_lse, worker, cuts)
+        each = shares.pieces * warpgroups
+        rounds = lax.div(cuts + each, each)
 
-        @pl.when(there & (cuts > 0))
-        def _merge():
-            load = functools.partial(load_row, p, parts, part_tops, part_lse, worker, cuts)
-            groups = WARPGROUPS if together else 1
+        def merge_rows(i, _):
+            first_row = (turn + i * turns) * rows
 
             def step(i, states):
-                numbers = [i * shares.pieces + j for j in range(shares.pieces)]
-                if together:
-                    numbers = [n * WARPGROUPS + wg for n in numbers]
+                numbers = [(i * shares.pieces + j) * warpgroups + wg for j in range(shares.pieces)]
                 loaded = [[load(n, first_row + row) for row in range(rows)] for n in numbers]
                 for found in loaded:
                     states = [merge(*both) for both in zip(states, found, strict=True)]
                 return states
 
-            each = shares.pieces * groups
             nothing = jnp.float32(2 * REAL), jnp.float32(0), spread(p, 0)
-            states = lax.fori_loop(0, lax.div(cuts + each, each), step, [nothing] * rows)
+            states = lax.fori_loop(0, rounds, step, [nothing] * rows)
+            if warpgroups > 1:
+                states = [together(p, states[0], wg, TOP, TOTAL, ACC, done)]
 
-            def store(states):
+            @pl.when(wg == 0)
+            def _store():
                 for row, (top, total, acc) in enumerate(states):
                     inverse = jnp.where(total > 0, 1 / total, 0.0)
                     at = sequence, first_row + row
                     out.at[at][...] = (acc * inverse).astype(p.dtype)
                     lse[at] = natural(top, total)
 
-            if not together:
-                store(states)
-                return
-            [(TOP[wg], TOTAL[wg], acc)] = states
-            ACC[wg] = acc
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(done)
+        @pl.when(there & (cuts > 0))
+        def _merge():
+            turns_left = lax.div(p.rows // rows - turn + turns - 1, turns)
+            lax.fori_loop(0, turns_left, merge_rows, None)
 
-            @pl.when(wg == 0)
-            def _last():
-                plgpu.barrier_wait(done)
-                found = states[0]
-                for other in range(1, WARPGROUPS):
-                    acc = plgpu.load(ACC.at[other], layout=layout(p))
-                    found = merge(found, (TOP[other], TOTAL[other], acc))
-                store([found])
-
-    chunk = 1 if together else WARPGROUPS * rows
     return plgpu.kernel(
         body,
         out_type=(),
         scratch_types=[
-            plgpu.SMEM((WARPGROUPS,), F32),
-            plgpu.SMEM((WARPGROUPS,), F32),
-            plgpu.SMEM((WARPGROUPS if together else 1, p.columns), F32),
-            plgpu.Barrier(num_arrivals=WARPGROUPS),
+            plgpu.SMEM((warpgroups,), F32),
+            plgpu.SMEM((warpgroups,), F32),
+            plgpu.SMEM((warpgroups, p.columns), F32),
+            plgpu.Barrier(num_arrivals=warpgroups),
         ],
-        grid=(p.workers - 1 if shares.by_worker else p.batch, p.rows // chunk),
-        grid_names=("number", "chunk"),
-        num_threads=WARPGROUPS,
+        grid=shares.grid,
+        grid_names=("number", "turn"),
+        num_threads=warpgroups,
         thread_name="wg",
         kernel_name="mla_merge",
         compiler_params=compiler_params(),
     )
+
+
+def together(p, state, wg, TOP, TOTAL, ACC, done):
+    """The sum of a row over warpgroups, each of which has its own pieces."""
+    TOP[wg], TOTAL[wg], acc = state
+    ACC[wg] = acc
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(done)
+    plgpu.barrier_wait(done)
+    states = [
+        (TOP[other], TOTAL[other], plgpu.load(ACC.at[other], layout=layout(p)))
+        for other in range(SHARED_BY)
+    ]
+    return functools.reduce(merge, states)
 
 
 def cut_sequence(bounds, number, shares):

@@ -21,8 +21,7 @@ class Scorer(Warpgroup):
         queries, ahead = self.first_steps(2)
         self.load_tail(queries)
         start = 0, ahead
-        g, _ = lax.fori_loop(self.begin[0], self.stop, self.score_piece, start)
-        plgpu.barrier_arrive(self.refs.read.at[lax.rem(g, SLOTS)])
+        lax.fori_loop(self.begin[0], self.stop, self.score_piece, start)
         plgpu.barrier_wait(self.refs.taken)  # by the last block
         plgpu.wait_smem_to_gmem(0)
 
@@ -35,15 +34,16 @@ class Scorer(Warpgroup):
         """Scores all blocks of the worker's piece of a sequence."""
         refs, (g, ahead), piece = self.refs, carry, self.piece(sequence)
         slot = lax.rem(g, SLOTS)
-        plgpu.barrier_arrive(refs.read.at[slot], predicate=g > 0)
         plgpu.barrier_wait(refs.full.at[slot])
         plgpu.barrier_wait(refs.tail_full)
         queries = self.take_queries(slot)
         plgpu.barrier_arrive(refs.scored.at[slot])
         self.load_tail(ahead)
 
+        following = refs.full.at[lax.rem(g + 1, SLOTS)]
+        pl.when(piece.first < piece.last)(lambda: plgpu.barrier_wait(following))
         start = g + 1, self.next_step(ahead), by_row(NEVER), by_row(0)
-        body = self.block(piece.length, queries)
+        body = self.block(piece, queries)
         g, ahead, top, total = lax.fori_loop(piece.first, piece.last, body, start)
         seen = total > 0
         parity = lax.rem(sequence - self.begin[0], 2)
@@ -88,18 +88,20 @@ class Scorer(Warpgroup):
         plgpu.commit_smem()
         return queries
 
-    def block(self, length, queries):
-        """The loop's body over the blocks of a sequence of so many keys."""
+    def block(self, piece, queries):
+        """The loop's body over the blocks of a piece, whose keys are there.
+
+        All that need not wait until accumulators have read the weights before is done while they
+        do, for then they wait for this.
+        """
         p, refs = self.p, self.refs
         factor = p.scale * math.log2(math.e)
         hidden = p.s_q - 1 if p.causal else 0  # from the first new token
 
         def step(j, carry):
             g, ahead, top, total = carry
-            slot, left = lax.rem(g, SLOTS), length - j * BLOCK
-            plgpu.barrier_wait(refs.full.at[slot])
-            scores, following = self.scores(slot, queries, ahead)
-            plgpu.barrier_arrive(refs.read.at[slot])
+            slot, left = lax.rem(g, SLOTS), piece.length - j * BLOCK
+            scores = self.scores(slot, queries)
             self.load_tail(ahead)
 
             scores = lax.cond(left - hidden < BLOCK, self.mask, lambda s, _: s, scores, left)
@@ -108,18 +110,21 @@ class Scorer(Warpgroup):
             base = jnp.where(raised > REAL, raised, 0.0)
             weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(base, scores.shape, [0]))
             change = jnp.exp2(top - raised)
+            total = total * change + weights.sum(axis=1)
+            ahead = self.next_step(ahead)
+            following = refs.full.at[lax.rem(g + 1, SLOTS)]
+            pl.when(j + 1 < piece.last)(lambda: plgpu.barrier_wait(following))
             plgpu.barrier_wait(refs.taken)
             refs.P[...] = weights.astype(p.dtype)
             refs.FACTORS.at[slot][...] = change
             plgpu.commit_smem()
             plgpu.barrier_arrive(refs.scored.at[slot])
-            total = total * change + weights.sum(axis=1)
-            return g + 1, following, raised, total
+            return g + 1, ahead, raised, total
 
         return step
 
-    def scores(self, slot, queries, ahead):
-        """Queries times the keys in a slot, and the step after one, found out meanwhile."""
+    def scores(self, slot, queries):
+        """Queries times the keys in a slot."""
         refs, (_, right) = self.refs, self.p.halves
         early = [(queries[0], refs.LEFT.at[slot])]
         if right > 64:
@@ -128,19 +133,23 @@ class Scorer(Warpgroup):
         tail = refs.Q.at[:, pl.ds(64, 64)], refs.TAIL
         if interpreted():  # which has no products with a left operand in registers
             plgpu.barrier_wait(refs.tail_full)
-            found = sum(
+            scores = sum(
                 jnp.dot(x[...].astype(F32), keys[...].astype(F32).T) for x, keys in (*early, tail)
             )
-            return found, self.next_step(ahead)
+            plgpu.commit_smem()  # in its model a read, unlike a product, needs it before a refill
+            if self.p.delayed:
+                plgpu.barrier_arrive(refs.read.at[slot])
+            return scores
 
         def multiply(acc):
             for x, keys in early:
                 plgpu.wgmma(acc, x, keys.transpose((1, 0)))
-            following = self.next_step(ahead)
             plgpu.barrier_wait(refs.tail_full)
             x, keys = tail
             plgpu.wgmma(acc, x, keys.transpose((1, 0)))
-            return plgpu.wgmma_accumulator_load(acc), following
+            if self.p.delayed:  # soon it is, and others are slow to hear of it
+                plgpu.barrier_arrive(refs.read.at[slot])
+            return plgpu.wgmma_accumulator_load(acc)
 
         return pl.run_scoped(multiply, plgpu.ACC((ROWS, BLOCK), F32))
 

@@ -107,7 +107,7 @@ class Refs(NamedTuple):
     scored: Any  # by the scorer: P is written, or queries are taken
     taken: Any  # by accumulators: P is read
     finished: Any  # by the scorer: a piece's sums are written
-    read: Any  # by the scorer: a slot's keys are
+    read: Any  # by the scorer, if products are delayed: a slot's keys are, or all but
 
 
 class Step(NamedTuple):
