@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from whalejax.kernels.mla.sizes import BLOCK, ROWS
+from whalejax.kernels.mla.sizes import BLOCK, ROPE, ROWS
 from whalejax.kernels.mla.worker import BY_ROW, F32, SLOTS, Warpgroup
 from whalejax.kernels.mosaic import interpreted
 
@@ -30,27 +30,33 @@ class Accumulator(Warpgroup):
         *first, ahead = self.first_steps(SLOTS + 1)
         for slot, step in enumerate(first):
             self.refill(step, slot)
-        plgpu.barrier_arrive(self.refs.taken)
+            if slot < 2:
+                self.load_tail(step, slot)
 
         def piece(sequence, carry):
-            (g, ahead), own = carry, self.piece(sequence)
-            plgpu.barrier_wait(self.refs.scored.at[lax.rem(g, SLOTS)])
-            ahead = self.refill_if(own.first < own.last, ahead, lax.rem(g, SLOTS), self.next_step)
-            if self.p.delayed:
-                self.await_read(g + 1, own.first < own.last)
-            start = g + 1, ahead, self.zeros()
-            g, ahead, acc = lax.fori_loop(own.first, own.last, self.block(own), start)
+            (g, steps), own = carry, self.piece(sequence)
+            some, slot = own.first < own.last, lax.rem(g, SLOTS)
+            plgpu.barrier_wait(self.refs.scored.at[slot])  # queries are taken
+            self.load_tail(steps[0], lax.rem(g, 2))
+            steps = self.refill_if(some, steps, slot, self.next_step)
+            self.await_read(g + 1, some)
+            start = g + 1, steps, self.zeros()
+            g, steps, acc = lax.fori_loop(own.first, own.last, self.block(own), start)
             # through the slot that was read last, and is refilled only now
             slot = lax.rem(g + SLOTS - 1, SLOTS)
             self.store(sequence, own, acc, slot)
-            self.refill(ahead, slot)
-            return g, self.next_step(ahead)
+            self.refill(steps[1], slot)
+            return g, (steps[1], self.next_step(steps[1]))
 
-        lax.fori_loop(self.begin[0], self.stop, piece, (0, ahead))
+        # rotary parts are loaded two steps ahead, all others three
+        lax.fori_loop(self.begin[0], self.stop, piece, (0, (first[2], ahead)))
         plgpu.wait_smem_to_gmem(0)
 
     def await_read(self, g, condition):
-        """Waits, under a condition, until the keys of the g-th step are scored or all but."""
+        """Waits, under a condition, until the keys of the g-th step are scored.
+
+        Until then the tensor core is the scorer's, whom all wait for.
+        """
         read = self.refs.read.at[lax.rem(g, SLOTS)]
         pl.when(condition)(lambda: plgpu.barrier_wait(read))
 
@@ -62,32 +68,43 @@ class Accumulator(Warpgroup):
         """Loads a step into a slot that was read."""
         self.load(step, self.columns, self.ring.at[slot], self.refs.full.at[slot])
 
-    def refill_if(self, condition, step, slot, following):
-        """Refills a slot under a condition; returns the step that is next."""
+    def load_tail(self, step, slot):
+        """Loads the rotary part of a step, one side for both."""
+        if self.side == 0:
+            columns = pl.ds(self.p.v_dim, ROPE)
+            self.load(step, columns, self.refs.TAILS.at[slot], self.refs.tail_full.at[slot])
+
+    def refill_if(self, condition, steps, slot, following):
+        """Refills a slot under a condition; returns the steps whose parts are loaded next."""
+        behind, ahead = steps
 
         def refill():
-            self.refill(step, slot)
-            return following(step)
+            self.refill(ahead, slot)
+            return ahead, following(ahead)
 
-        return lax.cond(condition, refill, lambda: step)
+        return lax.cond(condition, refill, lambda: (behind, ahead))
 
     def block(self, piece):
         """The loop's body over the blocks of a piece, of which the last one's slot is kept."""
+        refs = self.refs
 
         def step(j, carry):
-            g, ahead, acc = carry
-            slot, left = lax.rem(g, SLOTS), piece.length - j * BLOCK
-            following = self.next_step(ahead)  # whose loads have time until the next round
-            plgpu.barrier_wait(self.refs.scored.at[slot])
-            factor = plgpu.load(self.refs.FACTORS.at[slot], layout=BY_ROW)
+            g, steps, acc = carry
+            slot, tail, left = lax.rem(g, SLOTS), lax.rem(g, 2), piece.length - j * BLOCK
+            following = self.next_step(steps[1])  # whose loads have time until the next round
+            plgpu.barrier_wait(refs.scored.at[slot])
+            factor = plgpu.load(refs.FACTORS.at[slot], layout=BY_ROW)
             acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
             pl.when(left < BLOCK)(functools.partial(self.clear, slot, left))
-            if self.p.delayed:
-                self.await_read(g + 1, j + 1 < piece.last)
-            acc = add_product(acc, self.refs.P, self.ring.at[slot])
-            plgpu.barrier_arrive(self.refs.taken)
-            ahead = self.refill_if(j + 1 < piece.last, ahead, slot, lambda _: following)
-            return g + 1, ahead, acc
+            self.await_read(g + 1, j + 1 < piece.last)
+            acc = add_product(acc, refs.TAILS.at[tail], self.ring.at[slot])
+            if self.side == 1:
+                plgpu.barrier_arrive(refs.taken.at[tail])
+            else:
+                plgpu.barrier_wait(refs.taken.at[tail])
+                self.load_tail(steps[0], tail)
+            steps = self.refill_if(j + 1 < piece.last, steps, slot, lambda _: following)
+            return g + 1, steps, acc
 
         return step
 
@@ -102,9 +119,9 @@ class Accumulator(Warpgroup):
 
     def store(self, sequence, piece, acc, slot):
         """Stores a piece: as the output if its sequence is not cut, else as a part of it."""
-        parity = lax.rem(sequence - self.begin[0], 2)
-        plgpu.barrier_wait(self.refs.finished.at[parity])
-        inverse = plgpu.load(self.refs.FACTORS.at[SLOTS + parity], layout=BY_ROW)
+        place = lax.rem(sequence - self.begin[0], SLOTS)
+        plgpu.barrier_wait(self.refs.finished.at[place])
+        inverse = plgpu.load(self.refs.FACTORS.at[SLOTS + place], layout=BY_ROW)
         rows = pl.ds(self.tile * ROWS, ROWS)  # those past the output's are not stored
 
         def scaled(factor):
@@ -148,4 +165,6 @@ def add_product(acc, x, w):
         return plgpu.wgmma_accumulator_load(acc)
 
     # the interpreter has no accumulators that start with a value
-    return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, F32))
+    acc = acc + pl.run_scoped(product, plgpu.ACC(acc.shape, F32))
+    plgpu.commit_smem()  # in its model a read, unlike a product, needs it before a refill
+    return acc

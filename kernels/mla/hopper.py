@@ -7,7 +7,7 @@ from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, no_gpu
 from whalejax.kernels.mla.pages import FP8Pages
 from whalejax.kernels.mla.plan import Plan, plan_mla_decode
-from whalejax.kernels.mla.sizes import BLOCK, ROPE, ROWS, num_tiles
+from whalejax.kernels.mla.sizes import BLOCK, ROPE, num_tiles
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -50,12 +50,8 @@ def mla_decode(
     scale: float,
     causal: bool,
     plan: Plan | None = None,
-    delayed: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends by a plan, then merges the pieces of the sequences that it cuts.
-
-    `delayed` is the kernel's: by default where products take longer than loads.
-    """
+    """Attends by a plan, then merges the pieces of the sequences that it cuts."""
     from whalejax.kernels.mla.hopper_kernel import build
     from whalejax.kernels.mla.merge_kernel import build as build_merge
     from whalejax.kernels.mla.worker import Problem
@@ -72,7 +68,6 @@ def mla_decode(
         page_blocks=kv_pages.shape[1] // BLOCK,
         scale=scale,
         causal=causal,
-        delayed=s_q * heads > ROWS if delayed is None else delayed,
         dtype=q.dtype,
     )
     num_rows, blocks = s_q * heads, kv_pages.reshape(-1, BLOCK, d)

@@ -32,8 +32,6 @@ class Problem:
       page_blocks: blocks of 64 keys in a page.
       scale: on the scores.
       causal: whether a new token sees no later one.
-      delayed: whether a block's product with the values waits until the next block is scored, to
-        run while its softmax is computed: for many queries. Without, slots are free earlier.
       dtype: of queries, keys and output.
     """
 
@@ -45,7 +43,6 @@ class Problem:
     page_blocks: int
     scale: float
     causal: bool
-    delayed: bool
     dtype: Any
 
     @property
@@ -79,11 +76,12 @@ class Refs(NamedTuple):
     """GMEM (lower case) and SMEM of the kernel.
 
     Attributes:
-      LEFT, RIGHT, TAIL: the ring: a block's values in halves, and, in one slot, its rotary part.
-      P: softmax of the block under way, a left operand.
+      LEFT, RIGHT: the ring: a block's values in halves.
+      TAILS: the rotary parts of two steps; once a block is scored, its weights take the place of
+        its rotary part, a left operand.
       Q: queries that find no room in registers: the last 64 columns of values, the rotary part.
-      FACTORS: of rows: what each block scales the output with; at last, of a piece, 1 / sum, and
-        on its way out, the logarithm.
+      FACTORS: of rows: what each block scales the output with, by slot; of pieces, 1 / sum, each
+        for as long as a slot; and a logarithm on its way out.
     """
 
     bounds: Any
@@ -98,16 +96,15 @@ class Refs(NamedTuple):
     part_lse: Any
     LEFT: Any
     RIGHT: Any
-    TAIL: Any
-    P: Any
+    TAILS: Any
     Q: Any
     FACTORS: Any
     full: Any  # a slot is loaded
     tail_full: Any
-    scored: Any  # by the scorer: P is written, or queries are taken
-    taken: Any  # by accumulators: P is read
+    scored: Any  # by the scorer: weights are there, or queries are taken
+    taken: Any  # by the right accumulator: weights are
     finished: Any  # by the scorer: a piece's sums are written
-    read: Any  # by the scorer, if products are delayed: a slot's keys are, or all but
+    read: Any  # by the scorer: a slot's keys are
 
 
 class Step(NamedTuple):
