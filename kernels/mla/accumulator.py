@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -17,21 +18,22 @@ SMALLEST = 1e-30  # largest number of a row that is stored in units of it: other
 class Accumulator(Warpgroup):
     """Sums half of the columns of the output, and loads that half of the keys."""
 
-    def __init__(self, p, refs, worker, tile, side: int):
+    def __init__(self, p, refs, worker, tile, side: jax.Array):
         super().__init__(p, refs, worker, tile)
         self.side = side
-        left, right = p.halves
-        self.columns = pl.ds(0, left) if side == 0 else pl.ds(left, right)
-        self.ring = (refs.LEFT, refs.RIGHT)[side]
-        self.width = (left, right)[side]
+        self.columns = pl.ds(side * p.half, p.half)
+        self.ring = refs.RING.at[side]
+        self.tail = pl.ds(p.v_dim, ROPE)
 
     def run(self) -> None:
         """Works through all pieces."""
-        *first, ahead = self.first_steps(SLOTS + 1)
-        for slot, step in enumerate(first):
-            self.refill(step, slot)
-            if slot < 2:
-                self.load_tail(step, slot)
+        queries = self.queries()
+        self.refill(queries, 0)
+        self.load_tail(queries, 0)
+        first, behind, ahead = self.first_blocks(SLOTS)
+        self.refill(first, 1)
+        self.load_tail(first, 1)
+        self.refill(behind, 2)
 
         def piece(sequence, carry):
             (g, steps), own = carry, self.piece(sequence)
@@ -49,7 +51,7 @@ class Accumulator(Warpgroup):
             return g, (steps[1], self.next_step(steps[1]))
 
         # rotary parts are loaded two steps ahead, all others three
-        lax.fori_loop(self.begin[0], self.stop, piece, (0, (first[2], ahead)))
+        lax.fori_loop(self.begin[0], self.stop, piece, (0, (behind, ahead)))
         plgpu.wait_smem_to_gmem(0)
 
     def await_read(self, g, condition):
@@ -62,17 +64,25 @@ class Accumulator(Warpgroup):
 
     def zeros(self):
         """The output's accumulators."""
-        return plgpu.layout_cast(jnp.zeros((ROWS, self.width), F32), plgpu.Layout.WGMMA)
+        return plgpu.layout_cast(jnp.zeros((ROWS, self.p.half), F32), plgpu.Layout.WGMMA)
 
     def refill(self, step, slot):
         """Loads a step into a slot that was read."""
         self.load(step, self.columns, self.ring.at[slot], self.refs.full.at[slot])
+        if interpreted():  # which has no L2
+            return
+
+        @pl.when((self.side == 1) & (step.block >= 0) & (step.sequence < self.stop))
+        def _prefetch():  # what is loaded later, and waited for
+            plgpu.async_prefetch(self.refs.kv.at[step.place, :, self.tail])
 
     def load_tail(self, step, slot):
         """Loads the rotary part of a step, one side for both."""
-        if self.side == 0:
-            columns = pl.ds(self.p.v_dim, ROPE)
-            self.load(step, columns, self.refs.TAILS.at[slot], self.refs.tail_full.at[slot])
+        slots, full = self.refs.TAILS, self.refs.tail_full
+
+        @pl.when(self.side == 0)
+        def _load():
+            self.load(step, self.tail, slots.at[slot], full.at[slot])
 
     def refill_if(self, condition, steps, slot, following):
         """Refills a slot under a condition; returns the steps whose parts are loaded next."""
@@ -98,19 +108,25 @@ class Accumulator(Warpgroup):
             pl.when(left < BLOCK)(functools.partial(self.clear, slot, left))
             self.await_read(g + 1, j + 1 < piece.last)
             acc = add_product(acc, refs.TAILS.at[tail], self.ring.at[slot])
-            if self.side == 1:
-                plgpu.barrier_arrive(refs.taken.at[tail])
-            else:
-                plgpu.barrier_wait(refs.taken.at[tail])
-                self.load_tail(steps[0], tail)
+            self.pass_tail(steps[0], tail)
             steps = self.refill_if(j + 1 < piece.last, steps, slot, lambda _: following)
             return g + 1, steps, acc
 
         return step
 
+    def pass_tail(self, step, slot):
+        """Loads the rotary part of a step, where both sides have read the weights."""
+        taken = self.refs.taken.at[slot]
+        plgpu.barrier_arrive(taken, predicate=self.side == 1)
+
+        @pl.when(self.side == 0)
+        def _load():
+            plgpu.barrier_wait(taken)
+            self.load_tail(step, slot)
+
     def clear(self, slot, keys):
         """Clears values past a sequence's end, which may be NaN: what is 0 times NaN is NaN."""
-        for column in range(0, self.width, 64):
+        for column in range(0, self.p.half, 64):
             part = self.ring.at[slot, :, pl.ds(column, 64)]
             values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
             row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, 64), 0, layout=plgpu.Layout.WGMMA)

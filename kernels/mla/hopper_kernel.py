@@ -55,14 +55,11 @@ def build(p: Problem):
             plgpu.set_max_registers(SCORER_REGISTERS, action="increase")
             Scorer(p, refs, worker, tile).run()
 
-        for side in range(2):
+        @pl.when(wg < 2)
+        def _accumulate():
+            plgpu.set_max_registers(ACCUMULATOR_REGISTERS, action="decrease")
+            Accumulator(p, refs, worker, tile, wg).run()
 
-            @pl.when(wg == side)
-            def _accumulate(side=side):
-                plgpu.set_max_registers(ACCUMULATOR_REGISTERS, action="decrease")
-                Accumulator(p, refs, worker, tile, side).run()
-
-    left, right = p.halves
     in_ring = functools.partial(plgpu.SMEM, dtype=p.dtype, transforms=transforms(64, p.dtype))
     barrier = plgpu.Barrier
     return plgpu.kernel(
@@ -75,8 +72,7 @@ def build(p: Problem):
             jax.ShapeDtypeStruct((2 * p.workers, p.tiles * ROWS), F32),
         ],
         scratch_types=[
-            in_ring((SLOTS, BLOCK, left)),
-            in_ring((SLOTS, BLOCK, right)),
+            in_ring((2, SLOTS, BLOCK, p.half)),
             in_ring((2, BLOCK, ROPE)),
             in_ring((ROWS, 128)),
             plgpu.SMEM((2 * SLOTS + 1, ROWS), F32),

@@ -19,6 +19,7 @@ from whalejax.kernels.mla.worker import F32, NEVER, REAL, Problem, natural
 from whalejax.kernels.mosaic import compiler_params
 
 SHARED_BY = 4  # warpgroups, where rows are few
+AT_ONCE = 12  # pieces of a row whose loads are under way together
 FEW_ROWS = 512  # one warpgroup for each would leave multiprocessors idle
 CTAS = 640  # that run at once; more would mostly find out that there is nothing to do
 
@@ -46,13 +47,13 @@ class Shares:
     def of(cls, p: Problem) -> "Shares":
         """For as many pieces as sequences of equal lengths have."""
         pieces = -(-p.workers // p.batch) + 1
-        warpgroups = SHARED_BY if p.batch * p.rows <= FEW_ROWS and pieces > 4 else 1
-        rows = 2 if pieces <= 4 else 1
-        at_once = 4 if pieces <= 4 * warpgroups else 8
+        warpgroups = SHARED_BY if p.batch * p.rows <= FEW_ROWS and pieces > AT_ONCE else 1
+        at_once = min(-(-pieces // warpgroups), AT_ONCE)
+        rows = {2: 4, 3: 2, 4: 2}.get(at_once, 1)
         by_worker = p.batch > p.workers
         count = p.workers - 1 if by_worker else p.batch
-        turns = min(p.rows // rows, max(CTAS // count, 1))
-        return cls(warpgroups, rows, at_once, by_worker, (count, turns))
+        each = -(-p.rows // rows // max(CTAS // count, 1))
+        return cls(warpgroups, rows, at_once, by_worker, (count, -(-p.rows // rows // each)))
 
 
 def build(p: Problem) -> Any:
@@ -167,7 +168,7 @@ def load_row(p, parts, part_tops, part_lse, worker, cuts, number, row):
         values = lax.bitcast_convert_type(values, jnp.float16)
     column = plgpu.broadcasted_iota(jnp.int32, (p.columns,), 0, layout=layout(p))
     left, right = (spread(p, part_tops[part, side, row]) for side in range(2))
-    unit = jnp.where(column < p.halves[0], left, right)
+    unit = jnp.where(column < p.half, left, right)
     return sums, jnp.float32(1), values.astype(F32) * unit
 
 

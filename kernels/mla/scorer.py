@@ -68,15 +68,11 @@ class Scorer(Warpgroup):
 
     def take_queries(self, g):
         """Queries: in registers as far as they fit, the last 128 columns in SMEM."""
-        refs, (_, right) = self.refs, self.p.halves
-        slot, tail, wgmma = lax.rem(g, SLOTS), lax.rem(g, 2), plgpu.Layout.WGMMA
-        queries = [plgpu.load(refs.LEFT.at[slot], layout=wgmma)]
-        if right > 64:
-            queries.append(plgpu.load(refs.RIGHT.at[slot, :, pl.ds(0, right - 64)], layout=wgmma))
-        refs.Q[:, pl.ds(0, 64)] = plgpu.load(
-            refs.RIGHT.at[slot, :, pl.ds(right - 64, 64)], layout=wgmma
-        )
-        refs.Q[:, pl.ds(64, 64)] = plgpu.load(refs.TAILS.at[tail], layout=wgmma)
+        refs, slot, wgmma = self.refs, lax.rem(g, SLOTS), plgpu.Layout.WGMMA
+        *early, last = self.parts(slot)
+        queries = [plgpu.load(part, layout=wgmma) for part in early]
+        refs.Q[:, pl.ds(0, 64)] = plgpu.load(last, layout=wgmma)
+        refs.Q[:, pl.ds(64, 64)] = plgpu.load(refs.TAILS.at[lax.rem(g, 2)], layout=wgmma)
         plgpu.commit_smem()
         return queries
 
@@ -108,14 +104,18 @@ class Scorer(Warpgroup):
 
         return step
 
+    def parts(self, slot):
+        """The value columns in a slot: the last 64 apart, and the others in one or two parts."""
+        ring, half = self.refs.RING, self.p.half
+        before = self.p.v_dim - half - 64
+        right = [ring.at[1, slot, :, pl.ds(0, before)]] if before else []
+        return [ring.at[0, slot], *right, ring.at[1, slot, :, pl.ds(before, 64)]]
+
     def scores(self, g, queries):
         """Queries times the keys of a step."""
-        refs, (_, right) = self.refs, self.p.halves
-        slot, tail_slot = lax.rem(g, SLOTS), lax.rem(g, 2)
-        early = [(queries[0], refs.LEFT.at[slot])]
-        if right > 64:
-            early.append((queries[1], refs.RIGHT.at[slot, :, pl.ds(0, right - 64)]))
-        early.append((refs.Q.at[:, pl.ds(0, 64)], refs.RIGHT.at[slot, :, pl.ds(right - 64, 64)]))
+        refs, tail_slot = self.refs, lax.rem(g, 2)
+        queries = *queries, refs.Q.at[:, pl.ds(0, 64)]
+        early = list(zip(queries, self.parts(lax.rem(g, SLOTS)), strict=True))
         tail = refs.Q.at[:, pl.ds(64, 64)], refs.TAILS.at[tail_slot]
         if interpreted():  # which has no products with a left operand in registers
             plgpu.barrier_wait(refs.tail_full.at[tail_slot])

@@ -66,17 +66,16 @@ class Problem:
         return -(-self.v_dim // 128) * 128
 
     @property
-    def halves(self) -> tuple[int, int]:
-        """Columns of values of the two accumulating warpgroups: multiples of 64."""
-        left = -(-self.v_dim // 128) * 64
-        return left, self.v_dim - left
+    def half(self) -> int:
+        """Columns of values of each accumulating warpgroup, some of which may be rotary."""
+        return self.columns // 2
 
 
 class Refs(NamedTuple):
     """GMEM (lower case) and SMEM of the kernel.
 
     Attributes:
-      LEFT, RIGHT: the ring: a block's values in halves.
+      RING: the halves of blocks' values.
       TAILS: the rotary parts of two steps; once a block is scored, its weights take the place of
         its rotary part, a left operand.
       Q: queries that find no room in registers: the last 64 columns of values, the rotary part.
@@ -94,8 +93,7 @@ class Refs(NamedTuple):
     parts: Any
     part_tops: Any
     part_lse: Any
-    LEFT: Any
-    RIGHT: Any
+    RING: Any
     TAILS: Any
     Q: Any
     FACTORS: Any
@@ -162,14 +160,18 @@ class Warpgroup:
         part = 2 * self.worker + (first == 0).astype(jnp.int32)
         return Piece(first, last, length, part, (first > 0) | (last < num_blocks(length)))
 
-    def first_steps(self, count: int) -> list[Step]:
-        """The first sequence's queries, and the steps after them."""
+    def queries(self) -> Step:
+        """The first step: the first sequence's queries, for which nothing needs to be looked up."""
+        return Step(self.begin[0], jnp.int32(-1), 0, 0)
+
+    def first_blocks(self, count: int) -> list[Step]:
+        """The steps behind the first."""
         sequence, first, length = self.begin
-        last = self.last(sequence, length)
-        steps = [Step(sequence, first - 1, last, 0)]
-        for _ in range(count - 1):
-            steps.append(self.next_step(steps[-1]))
-        return [steps[0]._replace(block=jnp.int32(-1)), *steps[1:]]
+        step, found = Step(sequence, first - 1, self.last(sequence, length), 0), []
+        for _ in range(count):
+            step = self.next_step(step)
+            found.append(step)
+        return found
 
     def next_step(self, step: Step) -> Step:
         """The step after one; past the last piece, those of no piece."""
