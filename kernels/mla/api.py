@@ -3,14 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from whalejax.kernels.backend import choose, unusable, vary_like
+from whalejax.kernels.backend import run
 from whalejax.kernels.mla.pages import FP8Pages
 from whalejax.kernels.mla.plan import Plan
 
-# the kernel comes second, so only when it is named, until it was measured on a GPU
 BACKENDS = {
-    "xla": "whalejax.kernels.mla.reference",
     "mosaic_gpu": "whalejax.kernels.mla.hopper",
+    "xla": "whalejax.kernels.mla.reference",
 }
 
 
@@ -54,7 +53,8 @@ def mla_decode(
       causal: query t sees `lengths - (s_q - 1 - t)` keys; otherwise all see `lengths`.
       plan: `plan_mla_decode(lengths, workers=mla_workers(s_q, h_q))`, for the kernel, which makes
         its own without; XLA needs none.
-      implementation: `"xla"`, `"mosaic_gpu"`, or None for the first.
+      implementation: `"mosaic_gpu"`, `"xla"`, or None: the kernel where CUDA is lowered for and it
+        can run the arguments, XLA elsewhere.
 
     Returns:
       `out [b, s_q, h_q, v_dim]` in q's dtype and `lse f32[b, h_q, s_q]`, the natural logarithm of
@@ -96,12 +96,8 @@ def mla_decode(
             f"kv_pages.latent.shape={kv_pages.latent.shape}"
         )
     q, kv_pages = _without_gradient((q, kv_pages))
-    backend = choose("mla_decode", BACKENDS, implementation, q, kv_pages, v_dim)
-    if implementation and (reason := unusable(BACKENDS[implementation])):
-        raise NotImplementedError(f"mla_decode: {implementation!r} cannot run: {reason}")
-    arrays = q, kv_pages, page_table, lengths
-    found = backend.mla_decode(*arrays, v_dim=v_dim, scale=scale, causal=causal, plan=plan)
-    return vary_like(found, arrays)
+    arrays = q, kv_pages, page_table, lengths, plan
+    return run("mla_decode", BACKENDS, implementation, arrays, v_dim, scale, causal)
 
 
 def append(

@@ -17,8 +17,9 @@ def unusable() -> str | None:
     return mosaic_unusable() or no_gpu()
 
 
-def why_not(q: jax.Array, kv_pages: jax.Array | FP8Pages, v_dim: int) -> str | None:
+def why_not(op: str, arrays: tuple, v_dim: int, *static) -> str | None:
     """Says why the kernel cannot run these arguments, None if it can."""
+    q, kv_pages, *_ = arrays
     if reason := mosaic_unusable():
         return reason
     if isinstance(kv_pages, FP8Pages):
@@ -45,11 +46,10 @@ def mla_decode(
     kv_pages: jax.Array,
     page_table: jax.Array,
     lengths: jax.Array,
-    *,
+    plan: Plan | None,
     v_dim: int,
     scale: float,
     causal: bool,
-    plan: Plan | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends by a plan, then merges the pieces of the sequences that it cuts."""
     from whalejax.kernels.mla.hopper_kernel import build

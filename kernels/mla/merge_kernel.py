@@ -49,7 +49,7 @@ class Shares:
         pieces = -(-p.workers // p.batch) + 1
         warpgroups = SHARED_BY if p.batch * p.rows <= FEW_ROWS and pieces > AT_ONCE else 1
         at_once = min(-(-pieces // warpgroups), AT_ONCE)
-        rows = {2: 4, 3: 2, 4: 2}.get(at_once, 1)
+        rows = {2: 4, 3: 2, 4: 2}.get(at_once, 1) if warpgroups == 1 else 1
         by_worker = p.batch > p.workers
         count = p.workers - 1 if by_worker else p.batch
         each = -(-p.rows // rows // max(CTAS // count, 1))

@@ -7,7 +7,7 @@ from whalejax.kernels.mla.pages import FP8Pages
 from whalejax.kernels.mla.plan import Plan
 
 
-def why_not(q: jax.Array, kv_pages: jax.Array | FP8Pages, v_dim: int) -> str | None:
+def why_not(op: str, arrays: tuple, *static) -> str | None:
     """Runs everywhere."""
     return None
 
@@ -17,11 +17,10 @@ def mla_decode(
     kv_pages: jax.Array | FP8Pages,
     page_table: jax.Array,
     lengths: jax.Array,
-    *,
+    plan: Plan | None,
     v_dim: int,
     scale: float,
     causal: bool,
-    plan: Plan | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Gathers each sequence's pages and attends to them, softmax in float32."""
     del plan  # every sequence is attended to as a whole

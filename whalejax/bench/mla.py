@@ -16,7 +16,6 @@ from whalejax.bench import peers, report
 from whalejax.bench.report import Bench, ours, untimed, worst_row
 from whalejax.bench.timing import Candidate, rotate
 from whalejax.kernels import mla
-from whalejax.kernels.mla import reference
 from whalejax.kernels.mla.api import BACKENDS
 from whalejax.kernels.mla.cases import BENCHMARK_CASES, SMALL_CASES, Case, draw
 
@@ -55,7 +54,8 @@ def definition(arrays: tuple, options: dict) -> jax.Array:
     def decode(q, pages, table, lengths):
         few = q[:CHECKED].astype(jnp.float32), table[:CHECKED], lengths[:CHECKED]
         keys = pages.astype(jnp.float32)
-        return reference.mla_decode(few[0], keys, *few[1:], causal=True, **options)[0]
+        out, _ = mla.mla_decode(few[0], keys, *few[1:], implementation="xla", **options)
+        return out
 
     with jax.default_matmul_precision("highest"):
         return untimed(decode)(*arrays)
