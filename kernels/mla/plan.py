@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from whalejax.kernels.mla.sizes import BLOCK
 
 PIECE_CELLS = 2  # what a piece costs beside its blocks, in their time
-CUT_CELLS = 4  # what it costs that there is something to merge
+CUT_CELLS = 8  # what it costs that there is something to merge
 FEW = 1024  # sequences whose cells one kernel sums
 SEQUENCE, FIRST, LENGTH = range(3)  # columns of `Plan.bounds`
 WORKER, CUTS = range(2)  # of `Plan.pieces`
