@@ -29,18 +29,17 @@ class Accumulator(Warpgroup):
         """Works through all pieces."""
         queries = self.queries()
         self.refill(queries, 0)
+        self.load_tail(queries, 0)
         first, behind, ahead = self.first_blocks(SLOTS)
-        # what TMA is told last, all workers beginning at once, comes very late: rotary parts first
-        self.load_tail(queries, self.refs.Q.at[1], self.refs.first_tail)
-        for slot, step in enumerate((first, behind), 1):
-            self.load_next_tail(step, slot)
-            self.refill(step, slot)
+        self.refill(first, 1)
+        self.load_tail(first, 1)
+        self.refill(behind, 2)
 
         def piece(sequence, carry):
             (g, steps), own = carry, self.piece(sequence)
             some, slot = own.first < own.last, lax.rem(g, SLOTS)
             plgpu.barrier_wait(self.refs.scored.at[slot])  # queries are taken
-            pl.when(g > 0)(functools.partial(self.load_next_tail, steps[0], g))
+            self.load_tail(steps[0], lax.rem(g, 2))
             steps = self.refill_if(some, steps, slot, self.next_step)
             self.await_read(g + 1, some)
             start = g + 1, steps, self.zeros()
@@ -69,26 +68,21 @@ class Accumulator(Warpgroup):
 
     def refill(self, step, slot):
         """Loads a step into a slot that was read."""
-        self.prefetch_tail(step)
         self.load(step, self.columns, self.ring.at[slot], self.refs.full.at[slot])
-
-    def prefetch_tail(self, step):
-        """Brings the rotary part of a step into the L2, one side for both: it is loaded later."""
         if interpreted():  # which has no L2
             return
 
         @pl.when((self.side == 1) & (step.block >= 0) & (step.sequence < self.stop))
-        def _prefetch():
+        def _prefetch():  # what is loaded later, and waited for
             plgpu.async_prefetch(self.refs.kv.at[step.place, :, self.tail])
 
-    def load_next_tail(self, step, g):
-        """Loads the rotary part of a step into the g-th step's place."""
-        place = lax.rem(g, 2)
-        self.load_tail(step, self.refs.TAILS.at[place], self.refs.tail_full.at[place])
-
-    def load_tail(self, step, target, barrier):
+    def load_tail(self, step, slot):
         """Loads the rotary part of a step, one side for both."""
-        pl.when(self.side == 0)(lambda: self.load(step, self.tail, target, barrier))
+        slots, full = self.refs.TAILS, self.refs.tail_full
+
+        @pl.when(self.side == 0)
+        def _load():
+            self.load(step, self.tail, slots.at[slot], full.at[slot])
 
     def refill_if(self, condition, steps, slot, following):
         """Refills a slot under a condition; returns the steps whose parts are loaded next."""
@@ -106,29 +100,29 @@ class Accumulator(Warpgroup):
 
         def step(j, carry):
             g, steps, acc = carry
-            slot, left = lax.rem(g, SLOTS), piece.length - j * BLOCK
+            slot, tail, left = lax.rem(g, SLOTS), lax.rem(g, 2), piece.length - j * BLOCK
             following = self.next_step(steps[1])  # whose loads have time until the next round
             plgpu.barrier_wait(refs.scored.at[slot])
             factor = plgpu.load(refs.FACTORS.at[slot], layout=BY_ROW)
             acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
             pl.when(left < BLOCK)(functools.partial(self.clear, slot, left))
             self.await_read(g + 1, j + 1 < piece.last)
-            acc = add_product(acc, refs.TAILS.at[lax.rem(g, 2)], self.ring.at[slot])
-            self.pass_tail(steps[0], g)
+            acc = add_product(acc, refs.TAILS.at[tail], self.ring.at[slot])
+            self.pass_tail(steps[0], tail)
             steps = self.refill_if(j + 1 < piece.last, steps, slot, lambda _: following)
             return g + 1, steps, acc
 
         return step
 
-    def pass_tail(self, step, g):
-        """Loads the rotary part of a step when both sides have read the g-th step's weights."""
-        taken = self.refs.taken.at[lax.rem(g, 2)]
+    def pass_tail(self, step, slot):
+        """Loads the rotary part of a step, where both sides have read the weights."""
+        taken = self.refs.taken.at[slot]
         plgpu.barrier_arrive(taken, predicate=self.side == 1)
 
         @pl.when(self.side == 0)
         def _load():
             plgpu.barrier_wait(taken)
-            self.load_next_tail(step, g)
+            self.load_tail(step, slot)
 
     def clear(self, slot, keys):
         """Clears values past a sequence's end, which may be NaN: what is 0 times NaN is NaN."""

@@ -74,10 +74,9 @@ def build(p: Problem):
         scratch_types=[
             in_ring((2, SLOTS, BLOCK, p.half)),
             in_ring((2, BLOCK, ROPE)),
-            in_ring((2, ROWS, ROPE)),
+            in_ring((ROWS, 128)),
             plgpu.SMEM((2 * SLOTS + 1, ROWS), F32),
             barrier(num_arrivals=2, num_barriers=SLOTS),
-            barrier(num_arrivals=1),
             barrier(num_arrivals=1, num_barriers=2),
             barrier(num_arrivals=1, num_barriers=SLOTS),
             barrier(num_arrivals=1, num_barriers=2),

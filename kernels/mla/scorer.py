@@ -25,6 +25,7 @@ class Scorer(Warpgroup):
         """Scores all blocks of the worker's piece of a sequence."""
         refs, piece = self.refs, self.piece(sequence)
         plgpu.barrier_wait(refs.full.at[lax.rem(g, SLOTS)])
+        plgpu.barrier_wait(refs.tail_full.at[lax.rem(g, 2)])
         queries = self.take_queries(g)
         plgpu.barrier_arrive(refs.scored.at[lax.rem(g, SLOTS)])
         self.await_keys(g + 1, piece.first < piece.last)
@@ -70,18 +71,8 @@ class Scorer(Warpgroup):
         refs, slot, wgmma = self.refs, lax.rem(g, SLOTS), plgpu.Layout.WGMMA
         *early, last = self.parts(slot)
         queries = [plgpu.load(part, layout=wgmma) for part in early]
-        refs.Q[0] = plgpu.load(last, layout=wgmma)
-
-        @pl.when(g == 0)
-        def _there():
-            plgpu.barrier_wait(refs.first_tail)
-
-        @pl.when(g > 0)
-        def _take():
-            tail = lax.rem(g, 2)
-            plgpu.barrier_wait(refs.tail_full.at[tail])
-            refs.Q[1] = plgpu.load(refs.TAILS.at[tail], layout=wgmma)
-
+        refs.Q[:, pl.ds(0, 64)] = plgpu.load(last, layout=wgmma)
+        refs.Q[:, pl.ds(64, 64)] = plgpu.load(refs.TAILS.at[lax.rem(g, 2)], layout=wgmma)
         plgpu.commit_smem()
         return queries
 
@@ -123,9 +114,9 @@ class Scorer(Warpgroup):
     def scores(self, g, queries):
         """Queries times the keys of a step."""
         refs, tail_slot = self.refs, lax.rem(g, 2)
-        queries = *queries, refs.Q.at[0]
+        queries = *queries, refs.Q.at[:, pl.ds(0, 64)]
         early = list(zip(queries, self.parts(lax.rem(g, SLOTS)), strict=True))
-        tail = refs.Q.at[1], refs.TAILS.at[tail_slot]
+        tail = refs.Q.at[:, pl.ds(64, 64)], refs.TAILS.at[tail_slot]
         if interpreted():  # which has no products with a left operand in registers
             plgpu.barrier_wait(refs.tail_full.at[tail_slot])
             return sum(

@@ -98,7 +98,6 @@ class Refs(NamedTuple):
     Q: Any
     FACTORS: Any
     full: Any  # a slot is loaded
-    first_tail: Any  # the first queries' rotary part is where others are copied to
     tail_full: Any
     scored: Any  # by the scorer: weights are there, or queries are taken
     taken: Any  # by the right accumulator: weights are
