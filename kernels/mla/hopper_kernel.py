@@ -4,15 +4,18 @@ A worker is a CTA for each 64 rows of queries (a row is a head of a new token); 
 of 64 keys that its plan lists, one after another, with the queries of a piece in front of its keys:
 
 ```
-             queries       block 0           block 1                  next piece
-score        to registers  S = QK, softmax   S = QK, softmax  ...     to registers
-left         load          load              O += P V[:, :256]  ...   store
-right        load          load              O += P V[:, 256:]  ...   store
+         queries      block 0          block 1                block 2                 next piece
+score    registers    S = QK, softmax  S = QK,     softmax    S = QK,     softmax     registers
+both sides                                         O += PV of 0           O += PV of 1 ...  store
 ```
 
 One warpgroup scores; two hold half of the output's columns each, and load that half of the keys.
-Everything passes through one ring of three slots, each a block's latent part: queries have a
-block's shape. A slot is refilled by the warpgroup that has read it last.
+Scoring is what all wait for, so the tensor core is its own while keys are scored; products with
+the values of one block run while the softmax of the next is computed.
+
+Everything passes through one ring of three slots, each a block's values: queries have a block's
+shape. A slot is refilled by the warpgroup that has read it last. Rotary parts have two places of
+their own, in which a block's weights follow them: both are a 64 by 64 operand.
 
 Scores are kept in powers of two, a factor that the exponential does not have to apply.
 """

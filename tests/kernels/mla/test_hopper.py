@@ -1,5 +1,6 @@
 """The MLA decode kernel, run as `tests/kernels/conftest.py` says, and lowered."""
 
+import functools
 import re
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, vary_like
-from whalejax.kernels.mla import hopper, plan_mla_decode
+from whalejax.kernels.mla import hopper, mla_decode, plan_mla_decode
 from whalejax.kernels.testing import assert_rows_close
 
 pytestmark = pytest.mark.skipif(mosaic_unusable() is not None, reason=str(mosaic_unusable()))
@@ -148,6 +149,14 @@ def test_lowers_for_cuda(v_dim, heads, s_q, dtype):
     ]
     lowered = jax.jit(decode(v_dim)).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert len(re.findall(r"custom_call @mosaic_gpu", lowered.as_text())) == 2
+
+
+@pytest.mark.parametrize(("platform", "kernels"), [("cuda", 2), ("cpu", 0)])
+def test_it_is_chosen_where_cuda_is_lowered_for(platform, kernels):
+    arrays = draw([70, 300])
+    attend = functools.partial(mla_decode, v_dim=128, scale=1.0)
+    lowered = jax.jit(attend).trace(*arrays).lower(lowering_platforms=(platform,))
+    assert len(re.findall(r"custom_call @mosaic_gpu", lowered.as_text())) == kernels
 
 
 def test_lowers_inside_shard_map():
