@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.mla.sizes import BLOCK, ROPE, ROWS
-from whalejax.kernels.mla.worker import BY_ROW, F32, SLOTS, Warpgroup
+from whalejax.kernels.mla.worker import BY_ROW, F32, Warpgroup
 from whalejax.kernels.mosaic import interpreted
 
 SMALLEST = 1e-30  # largest number of a row that is stored in units of it: others are zeros
@@ -23,76 +23,107 @@ class Accumulator(Warpgroup):
         self.side = side
         self.columns = pl.ds(side * p.half, p.half)
         self.ring = refs.RING.at[side]
-        self.tail = pl.ds(p.v_dim, ROPE)
 
     def run(self) -> None:
         """Works through all pieces."""
-        queries = self.queries()
-        self.refill(queries, 0)
-        self.load_tail(queries, 0)
-        first, behind, ahead = self.first_blocks(SLOTS)
-        self.refill(first, 1)
-        self.load_tail(first, 1)
-        self.refill(behind, 2)
 
         def piece(sequence, carry):
             (g, steps), own = carry, self.piece(sequence)
-            some, slot = own.first < own.last, lax.rem(g, SLOTS)
-            plgpu.barrier_wait(self.refs.scored.at[slot])  # queries are taken
-            self.load_tail(steps[0], lax.rem(g, 2))
-            steps = self.refill_if(some, steps, slot, self.next_step)
+            some = own.first < own.last
+            plgpu.barrier_wait(self.refs.scored.at[self.slot(g)])  # queries are taken
+            self.load_tail(steps[0], g)
+            steps = self.supply_if(some, g, steps, self.look_ahead(steps))
             self.await_read(g + 1, some)
             start = g + 1, steps, self.zeros()
             g, steps, acc = lax.fori_loop(own.first, own.last, self.block(own), start)
-            # through the slot that was read last, and is refilled only now
-            slot = lax.rem(g + SLOTS - 1, SLOTS)
-            self.store(sequence, own, acc, slot)
-            self.refill(steps[1], slot)
-            return g, (steps[1], self.next_step(steps[1]))
+            # through the slot that was read last, and is filled again only now
+            self.store(sequence, own, acc, self.slot(g + self.p.slots - 1))
+            return g, self.supply(g + self.p.slots - 1, steps, self.look_ahead(steps))
 
-        # rotary parts are loaded two steps ahead, all others three
-        lax.fori_loop(self.begin[0], self.stop, piece, (0, (behind, ahead)))
+        lax.fori_loop(self.begin[0], self.stop, piece, (0, self.start()))
         plgpu.wait_smem_to_gmem(0)
+
+    def slot(self, g):
+        """The place in the ring of the g-th step."""
+        return lax.rem(g, self.p.slots)
 
     def await_read(self, g, condition):
         """Waits, under a condition, until the keys of the g-th step are scored.
 
         Until then the tensor core is the scorer's, whom all wait for.
         """
-        read = self.refs.read.at[lax.rem(g, SLOTS)]
+        read = self.refs.read.at[self.slot(g)]
         pl.when(condition)(lambda: plgpu.barrier_wait(read))
 
     def zeros(self):
         """The output's accumulators."""
         return plgpu.layout_cast(jnp.zeros((ROWS, self.p.half), F32), plgpu.Layout.WGMMA)
 
+    def start(self):
+        """Starts to load the first steps; returns those whose parts are loaded next.
+
+        Rotary parts are loaded two steps ahead, all others three.
+        """
+        queries = self.queries()
+        self.refill(queries, 0)
+        self.load_tail(queries, 0)
+        first, behind, ahead = self.first_blocks(3)
+        self.refill(first, 1)
+        self.load_tail(first, 1)
+        self.refill(behind, 2)
+        return behind, ahead
+
+    def look_ahead(self, steps):
+        """What `supply` needs to know, whose loads have time until then: the step behind some."""
+        return self.next_step(steps[-1])
+
+    def supply(self, g, steps, found):
+        """Fills the g-th step's slot with what comes next; returns the steps that follow."""
+        self.refill(steps[1], self.slot(g))
+        return *steps[1:], found
+
+    def supply_if(self, condition, g, steps, found):
+        """Supplies under a condition."""
+        return lax.cond(condition, lambda: self.supply(g, steps, found), lambda: tuple(steps))
+
     def refill(self, step, slot):
         """Loads a step into a slot that was read."""
-        self.load(step, self.columns, self.ring.at[slot], self.refs.full.at[slot])
-        if interpreted():  # which has no L2
-            return
+        target, full = self.ring.at[slot], self.refs.full.at[slot]
+        self.load_values(step, target, full)
+        self.load_queries(step, self.columns, target, full)
 
-        @pl.when((self.side == 1) & (step.block >= 0) & (step.sequence < self.stop))
-        def _prefetch():  # what is loaded later, and waited for
-            plgpu.async_prefetch(self.refs.kv.at[step.place, :, self.tail])
+    def load_values(self, step, target, barrier):
+        """Loads half of a block's values, if a step is a block.
 
-    def load_tail(self, step, slot):
-        """Loads the rotary part of a step, one side for both."""
-        slots, full = self.refs.TAILS, self.refs.tail_full
+        One side also brings the rotary part into the L2, which is loaded later, and waited for.
+        """
+
+        @pl.when(self.has_keys(step))
+        def _load():
+            keys = self.refs.keys
+            plgpu.copy_gmem_to_smem(keys.values.at[step.place, :, self.columns], target, barrier)
+            if not interpreted():  # which has no L2
+                tail = keys.rotary.at[step.place, :, self.key_tail]
+                plgpu.async_prefetch(tail, predicate=self.side == 1)
+
+    @property
+    def key_tail(self):
+        """Columns of keys' rotary parts."""
+        return pl.ds(0, ROPE) if self.p.fp8 else self.p.tail
+
+    def load_tail(self, step, g):
+        """Loads the rotary part of a step into the g-th step's place, one side for both."""
 
         @pl.when(self.side == 0)
         def _load():
-            self.load(step, self.tail, slots.at[slot], full.at[slot])
+            place = lax.rem(g, 2)
+            target, full = self.refs.TAILS.at[place], self.refs.tail_full.at[place]
+            self.load_queries(step, self.p.tail, target, full)
 
-    def refill_if(self, condition, steps, slot, following):
-        """Refills a slot under a condition; returns the steps whose parts are loaded next."""
-        behind, ahead = steps
-
-        def refill():
-            self.refill(ahead, slot)
-            return ahead, following(ahead)
-
-        return lax.cond(condition, refill, lambda: (behind, ahead))
+            @pl.when(self.has_keys(step))
+            def _keys():
+                keys = self.refs.keys.rotary.at[step.place, :, self.key_tail]
+                plgpu.copy_gmem_to_smem(keys, target, full)
 
     def block(self, piece):
         """The loop's body over the blocks of a piece, of which the last one's slot is kept."""
@@ -100,29 +131,29 @@ class Accumulator(Warpgroup):
 
         def step(j, carry):
             g, steps, acc = carry
-            slot, tail, left = lax.rem(g, SLOTS), lax.rem(g, 2), piece.length - j * BLOCK
-            following = self.next_step(steps[1])  # whose loads have time until the next round
+            slot, left = self.slot(g), piece.length - j * BLOCK
+            found = self.look_ahead(steps)
             plgpu.barrier_wait(refs.scored.at[slot])
             factor = plgpu.load(refs.FACTORS.at[slot], layout=BY_ROW)
             acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
             pl.when(left < BLOCK)(functools.partial(self.clear, slot, left))
             self.await_read(g + 1, j + 1 < piece.last)
-            acc = add_product(acc, refs.TAILS.at[tail], self.ring.at[slot])
-            self.pass_tail(steps[0], tail)
-            steps = self.refill_if(j + 1 < piece.last, steps, slot, lambda _: following)
+            acc = add_product(acc, refs.TAILS.at[lax.rem(g, 2)], self.ring.at[slot])
+            self.pass_tail(steps[0], g)
+            steps = self.supply_if(j + 1 < piece.last, g, steps, found)
             return g + 1, steps, acc
 
         return step
 
-    def pass_tail(self, step, slot):
-        """Loads the rotary part of a step, where both sides have read the weights."""
-        taken = self.refs.taken.at[slot]
+    def pass_tail(self, step, g):
+        """Loads the rotary part of a step when both sides have read the g-th step's weights."""
+        taken = self.refs.taken.at[lax.rem(g, 2)]
         plgpu.barrier_arrive(taken, predicate=self.side == 1)
 
         @pl.when(self.side == 0)
         def _load():
             plgpu.barrier_wait(taken)
-            self.load_tail(step, slot)
+            self.load_tail(step, g)
 
     def clear(self, slot, keys):
         """Clears values past a sequence's end, which may be NaN: what is 0 times NaN is NaN."""
@@ -135,9 +166,9 @@ class Accumulator(Warpgroup):
 
     def store(self, sequence, piece, acc, slot):
         """Stores a piece: as the output if its sequence is not cut, else as a part of it."""
-        place = lax.rem(sequence - self.begin[0], SLOTS)
+        place = lax.rem(sequence - self.begin[0], self.p.slots)
         plgpu.barrier_wait(self.refs.finished.at[place])
-        inverse = plgpu.load(self.refs.FACTORS.at[SLOTS + place], layout=BY_ROW)
+        inverse = plgpu.load(self.refs.FACTORS.at[self.p.slots + place], layout=BY_ROW)
         rows = pl.ds(self.tile * ROWS, ROWS)  # those past the output's are not stored
 
         def scaled(factor):

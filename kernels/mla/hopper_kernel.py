@@ -23,6 +23,7 @@ Scores are kept in powers of two, a factor that the exponential does not have to
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -30,16 +31,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from whalejax.kernels.mla.accumulator import Accumulator
 from whalejax.kernels.mla.scorer import Scorer
 from whalejax.kernels.mla.sizes import BLOCK, ROPE, ROWS
-from whalejax.kernels.mla.worker import F32, SLOTS, Problem, Refs
+from whalejax.kernels.mla.staged import StagedAccumulator
+from whalejax.kernels.mla.worker import F32, Keys, Problem, Refs
 from whalejax.kernels.mosaic import transforms
 
 ACCUMULATOR_REGISTERS, SCORER_REGISTERS = 160, 184
+E4M3 = jnp.float8_e4m3fn
 
 
 def build(p: Problem):
     """The kernel as a function of a plan's bounds, lengths, the table of pages, q and keys.
 
-    q is `[b, rows, d]`, keys are `[blocks, 64, d]`.
+    q is `[b, rows, d]`, keys are `[blocks, 64, d]`, or in FP8 values `e4m3[blocks, 64, v_dim]`,
+    `f32[blocks, 64, v_dim / 128]` and rotary parts `[blocks, 64, 64]`.
 
     Returns:
       `out [b, rows, columns]` and `lse f32[b, padded rows]` of sequences that are not cut; of the
@@ -48,8 +52,12 @@ def build(p: Problem):
       `f32[2 * workers, tiles * 64]`, base-2 logarithms or `NEVER` where a row sees no key.
     """
 
-    def body(*refs):
-        refs = Refs(*refs)
+    def body(bounds, lengths, table, q, *refs):
+        if p.fp8:
+            keys, refs = Keys(*refs[:3]), refs[3:]
+        else:
+            keys, refs = Keys(refs[0], None, refs[0]), refs[1:]
+        refs = Refs(bounds, lengths, table, q, keys, *refs)
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
         worker, tile = lax.div(cta, p.tiles), lax.rem(cta, p.tiles)
 
@@ -61,10 +69,15 @@ def build(p: Problem):
         @pl.when(wg < 2)
         def _accumulate():
             plgpu.set_max_registers(ACCUMULATOR_REGISTERS, action="decrease")
-            Accumulator(p, refs, worker, tile, wg).run()
+            kind = StagedAccumulator if p.fp8 else Accumulator
+            kind(p, refs, worker, tile, wg).run()
 
     in_ring = functools.partial(plgpu.SMEM, dtype=p.dtype, transforms=transforms(64, p.dtype))
     barrier = plgpu.Barrier
+    staged = (
+        plgpu.SMEM((2, 2, BLOCK, p.half), E4M3, transforms=transforms(64, E4M3)),
+        barrier(num_arrivals=1, num_barriers=4),
+    )
     return plgpu.kernel(
         body,
         out_type=[
@@ -75,22 +88,23 @@ def build(p: Problem):
             jax.ShapeDtypeStruct((2 * p.workers, p.tiles * ROWS), F32),
         ],
         scratch_types=[
-            in_ring((2, SLOTS, BLOCK, p.half)),
+            in_ring((2, p.slots, BLOCK, p.half)),
             in_ring((2, BLOCK, ROPE)),
-            in_ring((ROWS, 128)),
-            plgpu.SMEM((2 * SLOTS + 1, ROWS), F32),
-            barrier(num_arrivals=2, num_barriers=SLOTS),
+            in_ring((2, ROWS, 64)),
+            plgpu.SMEM((2 * p.slots + 1, ROWS), F32),
+            barrier(num_arrivals=2, num_barriers=p.slots),
             barrier(num_arrivals=1, num_barriers=2),
-            barrier(num_arrivals=1, num_barriers=SLOTS),
+            barrier(num_arrivals=1, num_barriers=p.slots),
             barrier(num_arrivals=1, num_barriers=2),
-            barrier(num_arrivals=1, num_barriers=SLOTS),
-            barrier(num_arrivals=1, num_barriers=SLOTS),
+            barrier(num_arrivals=1, num_barriers=p.slots),
+            barrier(num_arrivals=1, num_barriers=p.slots),
+            *(staged if p.fp8 else ()),
         ],
         grid=(p.workers * p.tiles,),
         grid_names=("cta",),
         num_threads=3,
         thread_name="wg",
-        kernel_name=f"mla_decode_{p.v_dim}",
+        kernel_name=f"mla_decode_{p.v_dim}" + ("_fp8" if p.fp8 else ""),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,

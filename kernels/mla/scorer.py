@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.mla.sizes import BLOCK, ROWS
-from whalejax.kernels.mla.worker import F32, NEVER, REAL, SLOTS, Warpgroup, by_row, natural
+from whalejax.kernels.mla.worker import F32, NEVER, REAL, Warpgroup, by_row, natural
 from whalejax.kernels.mosaic import interpreted
 
 
@@ -24,23 +24,23 @@ class Scorer(Warpgroup):
     def score_piece(self, sequence, g):
         """Scores all blocks of the worker's piece of a sequence."""
         refs, piece = self.refs, self.piece(sequence)
-        plgpu.barrier_wait(refs.full.at[lax.rem(g, SLOTS)])
+        plgpu.barrier_wait(refs.full.at[lax.rem(g, self.p.slots)])
         plgpu.barrier_wait(refs.tail_full.at[lax.rem(g, 2)])
         queries = self.take_queries(g)
-        plgpu.barrier_arrive(refs.scored.at[lax.rem(g, SLOTS)])
+        plgpu.barrier_arrive(refs.scored.at[lax.rem(g, self.p.slots)])
         self.await_keys(g + 1, piece.first < piece.last)
         start = g + 1, by_row(NEVER), by_row(0)
         body = self.block(piece, queries)
         g, top, total = lax.fori_loop(piece.first, piece.last, body, start)
         seen = total > 0
-        place = lax.rem(sequence - self.begin[0], SLOTS)
-        refs.FACTORS.at[SLOTS + place][...] = jnp.where(seen, 1 / total, 0.0)
+        place = lax.rem(sequence - self.begin[0], self.p.slots)
+        refs.FACTORS.at[self.p.slots + place][...] = jnp.where(seen, 1 / total, 0.0)
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.finished.at[place])
 
         @pl.when(~piece.cut)
         def _whole():
-            staged = refs.FACTORS.at[2 * SLOTS]
+            staged = refs.FACTORS.at[2 * self.p.slots]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             staged[...] = natural(top, total)
             plgpu.commit_smem()
@@ -63,16 +63,16 @@ class Scorer(Warpgroup):
 
     def await_keys(self, g, condition):
         """Waits, under a condition, for the keys of the g-th step but their rotary part."""
-        full = self.refs.full.at[lax.rem(g, SLOTS)]
+        full = self.refs.full.at[lax.rem(g, self.p.slots)]
         pl.when(condition)(lambda: plgpu.barrier_wait(full))
 
     def take_queries(self, g):
         """Queries: in registers as far as they fit, the last 128 columns in SMEM."""
-        refs, slot, wgmma = self.refs, lax.rem(g, SLOTS), plgpu.Layout.WGMMA
+        refs, slot, wgmma = self.refs, lax.rem(g, self.p.slots), plgpu.Layout.WGMMA
         *early, last = self.parts(slot)
         queries = [plgpu.load(part, layout=wgmma) for part in early]
-        refs.Q[:, pl.ds(0, 64)] = plgpu.load(last, layout=wgmma)
-        refs.Q[:, pl.ds(64, 64)] = plgpu.load(refs.TAILS.at[lax.rem(g, 2)], layout=wgmma)
+        refs.Q[0] = plgpu.load(last, layout=wgmma)
+        refs.Q[1] = plgpu.load(refs.TAILS.at[lax.rem(g, 2)], layout=wgmma)
         plgpu.commit_smem()
         return queries
 
@@ -84,7 +84,7 @@ class Scorer(Warpgroup):
 
         def step(j, carry):
             g, top, total = carry
-            slot, left = lax.rem(g, SLOTS), piece.length - j * BLOCK
+            slot, left = lax.rem(g, self.p.slots), piece.length - j * BLOCK
             scores = self.scores(g, queries)
             plgpu.barrier_arrive(refs.read.at[slot])
 
@@ -114,9 +114,9 @@ class Scorer(Warpgroup):
     def scores(self, g, queries):
         """Queries times the keys of a step."""
         refs, tail_slot = self.refs, lax.rem(g, 2)
-        queries = *queries, refs.Q.at[:, pl.ds(0, 64)]
-        early = list(zip(queries, self.parts(lax.rem(g, SLOTS)), strict=True))
-        tail = refs.Q.at[:, pl.ds(64, 64)], refs.TAILS.at[tail_slot]
+        queries = *queries, refs.Q.at[0]
+        early = list(zip(queries, self.parts(lax.rem(g, self.p.slots)), strict=True))
+        tail = refs.Q.at[1], refs.TAILS.at[tail_slot]
         if interpreted():  # which has no products with a left operand in registers
             plgpu.barrier_wait(refs.tail_full.at[tail_slot])
             return sum(

@@ -11,10 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.mla.plan import FIRST, LENGTH, SEQUENCE, num_blocks
-from whalejax.kernels.mla.sizes import ROWS, num_tiles
+from whalejax.kernels.mla.sizes import ROPE, ROWS, num_tiles
 
 F32 = jnp.float32
-SLOTS = 3  # blocks under way
 NEVER = -1e30  # a score that counts for nothing: an infinity would leave NaN behind
 REAL = -1e20  # every score that counts is larger, and every other smaller
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -32,7 +31,8 @@ class Problem:
       page_blocks: blocks of 64 keys in a page.
       scale: on the scores.
       causal: whether a new token sees no later one.
-      dtype: of queries, keys and output.
+      dtype: of queries, output and keys, the rotary parts alone if `fp8`.
+      fp8: whether values are in FP8, with scales.
     """
 
     batch: int
@@ -44,6 +44,17 @@ class Problem:
     scale: float
     causal: bool
     dtype: Any
+    fp8: bool
+
+    @property
+    def slots(self) -> int:
+        """Blocks of keys in `dtype` under way; FP8 has two more on their way to them."""
+        return 2 if self.fp8 else 3
+
+    @property
+    def tail(self) -> Any:
+        """Columns of queries' rotary parts, and of keys' where they are one array."""
+        return pl.ds(self.v_dim, ROPE)
 
     @property
     def tiles(self) -> int:
@@ -71,6 +82,14 @@ class Problem:
         return self.columns // 2
 
 
+class Keys(NamedTuple):
+    """Blocks of keys in GMEM: values, scales in FP8, and rotary parts, which may be one array."""
+
+    values: Any
+    scales: Any
+    rotary: Any
+
+
 class Refs(NamedTuple):
     """GMEM (lower case) and SMEM of the kernel.
 
@@ -87,7 +106,7 @@ class Refs(NamedTuple):
     lengths: Any
     table: Any
     q: Any
-    kv: Any
+    keys: Keys
     out: Any
     lse: Any
     parts: Any
@@ -103,6 +122,8 @@ class Refs(NamedTuple):
     taken: Any  # by the right accumulator: weights are
     finished: Any  # by the scorer: a piece's sums are written
     read: Any  # by the scorer: a slot's keys are
+    STAGE: Any = None  # FP8 of two blocks' values, in halves
+    staged: Any = None  # two of each side: a block's FP8 is loaded
 
 
 class Step(NamedTuple):
@@ -192,18 +213,21 @@ class Warpgroup:
         place = page * self.p.page_blocks + lax.rem(index, self.p.page_blocks)
         return Step(sequence, block, last, place)
 
-    def load(self, step: Step, columns: Any, target: Any, barrier: Any) -> None:
-        """Starts to load columns of a step's keys or queries, if there is such a step."""
-        real = step.sequence < self.stop
+    def real(self, step: Step) -> jax.Array:
+        """Whether a step is one, not past the worker's last piece."""
+        return step.sequence < self.stop
 
-        @pl.when(real & (step.block >= 0))
-        def _keys():
-            plgpu.copy_gmem_to_smem(self.refs.kv.at[step.place, :, columns], target, barrier)
+    def load_queries(self, step: Step, columns: Any, target: Any, barrier: Any) -> None:
+        """Starts to load columns of queries, if a step has some."""
 
-        @pl.when(real & (step.block < 0))
+        @pl.when(self.real(step) & (step.block < 0))
         def _queries():
             rows = pl.ds(self.tile * ROWS, ROWS)
             plgpu.copy_gmem_to_smem(self.refs.q.at[step.sequence, rows, columns], target, barrier)
+
+    def has_keys(self, step: Step) -> jax.Array:
+        """Whether a step is a block of keys, not queries, nor past the worker's last piece."""
+        return self.real(step) & (step.block >= 0)
 
 
 def natural(top, total):

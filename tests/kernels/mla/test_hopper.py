@@ -10,7 +10,7 @@ import pytest
 
 from whalejax.kernels import mosaic
 from whalejax.kernels.backend import mosaic_unusable, vary_like
-from whalejax.kernels.mla import hopper, mla_decode, plan_mla_decode
+from whalejax.kernels.mla import FP8Pages, hopper, mla_decode, plan_mla_decode
 from whalejax.kernels.testing import assert_rows_close
 
 pytestmark = pytest.mark.skipif(mosaic_unusable() is not None, reason=str(mosaic_unusable()))
@@ -94,6 +94,26 @@ def test_equals_numpy_float64(run, lengths, sizes, causal):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
+FP8_CASES = [([70, 0, 1, 192], {}), ([65, 300], {"s_q": 2, "heads": 5, "page_size": 128})]
+
+
+def draw_fp8(lengths, **sizes):
+    """The same with a cache in FP8, and the cache that it stands for in place of the exact one."""
+    q, pages, *rest = draw(lengths, v_dim=256, **sizes)
+    scale = 2.0 ** (np.arange(pages.shape[1]) % 5 - 2)  # of each token another
+    quantized = FP8Pages.quantize(pages * jnp.asarray(scale, pages.dtype)[None, :, None], 256)
+    return (q, quantized, *rest), (q, quantized.dequantize(jnp.bfloat16), *rest)
+
+
+@pytest.mark.parametrize(("lengths", "sizes"), FP8_CASES, ids=str)
+def test_an_fp8_cache_equals_the_one_it_stands_for(run, lengths, sizes):
+    arrays, exact = draw_fp8(lengths, **sizes)
+    out, lse = run(decode(256), *arrays)
+    expected, expected_lse = truth(*exact, 256, 320**-0.5, True)
+    assert_rows_close(out, expected, tolerance=5e-3)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
 def test_runs_are_identical(run):
     arguments = draw([70, 300], s_q=2)
     first = run(decode(128), *arguments)
@@ -130,6 +150,11 @@ def test_merging_many_pieces_has_no_races(assert_no_races):
 
 def test_there_are_no_races(assert_no_races):
     assert_no_races(decode(128), *draw([70, 200, 0], s_q=2, heads=5))
+
+
+def test_there_are_no_races_with_an_fp8_cache(assert_no_races):
+    arrays, _ = draw_fp8([70, 200, 0])
+    assert_no_races(decode(256), *arrays)
 
 
 @pytest.mark.parametrize(
