@@ -17,6 +17,7 @@ class StagedAccumulator(Accumulator):
     """Also converts its half of the keys: a block's FP8 is loaded two steps before its turn."""
 
     def start(self):
+        """Starts to load the first steps, and converts the first block."""
         queries = self.queries()
         self.load_queries(queries, self.columns, self.ring.at[0], self.refs.full.at[0])
         self.load_tail(queries, 0)
@@ -29,9 +30,11 @@ class StagedAccumulator(Accumulator):
         return tuple(steps)
 
     def look_ahead(self, steps):
+        """Also the scales of the block that is converted next."""
         return self.next_step(steps[-1]), self.scales(steps[0])
 
     def supply(self, g, steps, found):
+        """Fills the g-th step's slot with the step two further on; loads what comes after."""
         (following, scales), slot = found, self.slot(g)
         target, full = self.ring.at[slot], self.refs.full.at[slot]
         self.load_queries(steps[0], self.columns, target, full)
