@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from whalejax.kernels.mla.sizes import BLOCK, ROPE, ROWS
+from whalejax.kernels.mla.sizes import BLOCK, ROWS
 from whalejax.kernels.mla.worker import BY_ROW, F32, Warpgroup
 from whalejax.kernels.mosaic import interpreted
 
@@ -103,13 +103,8 @@ class Accumulator(Warpgroup):
             keys = self.refs.keys
             plgpu.copy_gmem_to_smem(keys.values.at[step.place, :, self.columns], target, barrier)
             if not interpreted():  # which has no L2
-                tail = keys.rotary.at[step.place, :, self.key_tail]
+                tail = keys.rotary.at[step.place, :, self.p.key_tail]
                 plgpu.async_prefetch(tail, predicate=self.side == 1)
-
-    @property
-    def key_tail(self):
-        """Columns of keys' rotary parts."""
-        return pl.ds(0, ROPE) if self.p.fp8 else self.p.tail
 
     def load_tail(self, step, g):
         """Loads the rotary part of a step into the g-th step's place, one side for both."""
@@ -122,7 +117,7 @@ class Accumulator(Warpgroup):
 
             @pl.when(self.has_keys(step))
             def _keys():
-                keys = self.refs.keys.rotary.at[step.place, :, self.key_tail]
+                keys = self.refs.keys.rotary.at[step.place, :, self.p.key_tail]
                 plgpu.copy_gmem_to_smem(keys, target, full)
 
     def block(self, piece):

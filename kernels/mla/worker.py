@@ -53,8 +53,13 @@ class Problem:
 
     @property
     def tail(self) -> Any:
-        """Columns of queries' rotary parts, and of keys' where they are one array."""
+        """Columns of queries' rotary parts."""
         return pl.ds(self.v_dim, ROPE)
+
+    @property
+    def key_tail(self) -> Any:
+        """Columns of keys' rotary parts, which lie apart in FP8."""
+        return pl.ds(0, ROPE) if self.fp8 else self.tail
 
     @property
     def tiles(self) -> int:

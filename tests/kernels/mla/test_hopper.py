@@ -74,6 +74,7 @@ def truth(q, pages, table, lengths, v_dim, scale, causal):
     [
         ([70, 0, 1, 192], {}, True),
         ([0, 0, 0, 0, 1, 0, 0, 300, 0], {"s_q": 2}, True),
+        ([70, 0, 1, 300], {"s_q": 2, "heads": 3}, True),
         ([600], {}, True),
         ([65, 3], {"s_q": 2, "heads": 5}, True),
         ([65, 3], {"s_q": 2, "heads": 5}, False),
@@ -130,22 +131,33 @@ def test_a_plan_that_is_given_is_followed(run):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-def many_pieces(q, pages, table, lengths):
-    """Decodes one sequence cut so often that warpgroups share its pieces."""
-    plan = plan_mla_decode(lengths, workers=20)
-    return decode(128, plan=plan)(q, pages, table, lengths)
+def cut(workers):
+    """Decodes by a plan for so many workers."""
+
+    def attend(q, pages, table, lengths):
+        plan = plan_mla_decode(lengths, workers=workers)
+        return decode(128, plan=plan)(q, pages, table, lengths)
+
+    return attend
 
 
-def test_many_pieces_are_merged(run):
-    q, pages, table, lengths = draw([1200], heads=3)
-    out, lse = run(many_pieces, q, pages, table, lengths)
+@pytest.mark.parametrize(
+    ("lengths", "workers", "ctas"),
+    [([1200], 20, 640), ([1200, 0], 10, 640), ([1200, 70], 10, 4)],
+    ids=["warpgroups share", "more than are loaded at once", "several rows a CTA"],
+)
+def test_many_pieces_are_merged(run, monkeypatch, lengths, workers, ctas):
+    monkeypatch.setattr("whalejax.kernels.mla.merge_kernel.CTAS", ctas)
+    q, pages, table, lengths = draw(lengths, heads=17)
+    out, lse = run(cut(workers), q, pages, table, lengths)
     expected, expected_lse = truth(q, pages, table, lengths, 128, 192**-0.5, True)
     assert_rows_close(out, expected, tolerance=5e-3)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_merging_many_pieces_has_no_races(assert_no_races):
-    assert_no_races(many_pieces, *draw([1200], heads=3))
+@pytest.mark.parametrize(("lengths", "workers"), [([1200], 20), ([1200, 0], 10)], ids=str)
+def test_merging_many_pieces_has_no_races(assert_no_races, lengths, workers):
+    assert_no_races(cut(workers), *draw(lengths, heads=3))
 
 
 def test_there_are_no_races(assert_no_races):
@@ -174,6 +186,15 @@ def test_lowers_for_cuda(v_dim, heads, s_q, dtype):
     ]
     lowered = jax.jit(decode(v_dim)).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert len(re.findall(r"custom_call @mosaic_gpu", lowered.as_text())) == 2
+
+
+def test_an_fp8_cache_lowers_for_cuda():
+    pages = jax.eval_shape(lambda: FP8Pages.zeros((9, 64, 576), 512))
+    table, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 2), (4,)))
+    q = jax.ShapeDtypeStruct((4, 1, 16, 576), jnp.bfloat16)
+    traced = jax.jit(decode(512)).trace(q, pages, table, lengths)
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"custom_call @mosaic_gpu", lowered)) == 2
 
 
 @pytest.mark.parametrize(("platform", "kernels"), [("cuda", 2), ("cpu", 0)])
