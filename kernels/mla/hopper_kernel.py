@@ -20,7 +20,7 @@ their own, in which a block's weights follow them: both are a 64 by 64 operand.
 Scores are kept in powers of two, a factor that the exponential does not have to apply.
 """
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from whalejax.kernels.mla.accumulator import Accumulator
+from whalejax.kernels.mla.loading import LoadingAccumulator
 from whalejax.kernels.mla.scorer import Scorer
 from whalejax.kernels.mla.sizes import BLOCK, ROPE, ROWS
 from whalejax.kernels.mla.staged import StagedAccumulator
@@ -36,7 +36,6 @@ from whalejax.kernels.mla.worker import F32, Keys, Problem, Refs
 from whalejax.kernels.mosaic import transforms
 
 ACCUMULATOR_REGISTERS, SCORER_REGISTERS = 160, 184
-E4M3 = jnp.float8_e4m3fn
 
 
 def build(p: Problem):
@@ -52,12 +51,12 @@ def build(p: Problem):
       `f32[2 * workers, tiles * 64]`, base-2 logarithms or `NEVER` where a row sees no key.
     """
 
-    def body(bounds, lengths, table, q, *refs):
-        if p.fp8:
-            keys, refs = Keys(*refs[:3]), refs[3:]
-        else:
-            keys, refs = Keys(refs[0], None, refs[0]), refs[1:]
-        refs = Refs(bounds, lengths, table, q, keys, *refs)
+    accumulator = StagedAccumulator if p.fp8 else LoadingAccumulator
+
+    def body(bounds, lengths, table, q, *refs, **scratch):
+        keys = Keys(*refs[:3]) if p.fp8 else Keys(refs[0], None, refs[0])
+        refs = refs[3 if p.fp8 else 1 :]
+        refs = Refs(bounds, lengths, table, q, keys, *refs, **scratch)
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
         worker, tile = lax.div(cta, p.tiles), lax.rem(cta, p.tiles)
 
@@ -69,15 +68,8 @@ def build(p: Problem):
         @pl.when(wg < 2)
         def _accumulate():
             plgpu.set_max_registers(ACCUMULATOR_REGISTERS, action="decrease")
-            kind = StagedAccumulator if p.fp8 else Accumulator
-            kind(p, refs, worker, tile, wg).run()
+            accumulator(p, refs, worker, tile, wg).run()
 
-    in_ring = functools.partial(plgpu.SMEM, dtype=p.dtype, transforms=transforms(64, p.dtype))
-    barrier = plgpu.Barrier
-    staged = (
-        plgpu.SMEM((2, 2, BLOCK, p.half), E4M3, transforms=transforms(64, E4M3)),
-        barrier(num_arrivals=1, num_barriers=4),
-    )
     return plgpu.kernel(
         body,
         out_type=[
@@ -87,19 +79,7 @@ def build(p: Problem):
             jax.ShapeDtypeStruct((2 * p.workers, 2, p.tiles * ROWS), F32),
             jax.ShapeDtypeStruct((2 * p.workers, p.tiles * ROWS), F32),
         ],
-        scratch_types=[
-            in_ring((2, p.slots, BLOCK, p.half)),
-            in_ring((2, BLOCK, ROPE)),
-            in_ring((2, ROWS, 64)),
-            plgpu.SMEM((2 * p.slots + 1, ROWS), F32),
-            barrier(num_arrivals=2, num_barriers=p.slots),
-            barrier(num_arrivals=1, num_barriers=2),
-            barrier(num_arrivals=1, num_barriers=p.slots),
-            barrier(num_arrivals=1, num_barriers=2),
-            barrier(num_arrivals=1, num_barriers=p.slots),
-            barrier(num_arrivals=1, num_barriers=p.slots),
-            *(staged if p.fp8 else ()),
-        ],
+        scratch_types=scratch(p),
         grid=(p.workers * p.tiles,),
         grid_names=("cta",),
         num_threads=3,
@@ -112,3 +92,28 @@ def build(p: Problem):
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
+
+
+def scratch(p: Problem) -> dict[str, Any]:
+    """SMEM and barriers of a CTA, by the names that `Refs` explains."""
+    barrier = plgpu.Barrier
+
+    def smem(*shape, columns=64, dtype=p.dtype):
+        return plgpu.SMEM(shape, dtype, transforms=transforms(columns, dtype))
+
+    found = {
+        "RING": smem(2, p.slots, BLOCK, p.half),
+        "TAILS": smem(2, BLOCK, ROPE),
+        "Q": smem(2, ROWS, 64),
+        "FACTORS": plgpu.SMEM((2 * p.slots + 1, ROWS), F32),
+        "full": barrier(num_arrivals=2, num_barriers=p.slots),
+        "tail_full": barrier(num_arrivals=1, num_barriers=2),
+        "scored": barrier(num_arrivals=1, num_barriers=p.slots),
+        "taken": barrier(num_arrivals=1, num_barriers=2),
+        "finished": barrier(num_arrivals=1, num_barriers=p.slots),
+    }
+    if p.fp8:
+        stage = smem(2, p.slots, BLOCK, p.half, columns=128, dtype=jnp.float8_e4m3fn)
+        staged = barrier(num_arrivals=1, num_barriers=2 * p.slots)
+        return found | {"STAGE": stage, "staged": staged}
+    return found | {"read": barrier(num_arrivals=1, num_barriers=p.slots)}

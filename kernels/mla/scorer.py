@@ -86,8 +86,8 @@ class Scorer(Warpgroup):
             g, top, total = carry
             slot, left = lax.rem(g, self.p.slots), piece.length - j * BLOCK
             scores = self.scores(g, queries)
-            plgpu.barrier_arrive(refs.read.at[slot])
-
+            if refs.read is not None:
+                plgpu.barrier_arrive(refs.read.at[slot])
             scores = lax.cond(left - hidden < BLOCK, self.mask, lambda s, _: s, scores, left)
             raised = jnp.maximum(top, scores.max(axis=1) * factor)
             # where nothing was seen yet, the largest score is one that counts for nothing

@@ -5,69 +5,62 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from whalejax.kernels.mla.accumulator import Accumulator
-from whalejax.kernels.mla.sizes import BLOCK
-from whalejax.kernels.mla.worker import BY_ROW, F32
+from whalejax.kernels.mla.dequantize import convert, load_scales
+from whalejax.kernels.mla.loading import LoadingAccumulator
 
 TILE = 128  # columns that share a scale
-CHUNK = 64  # columns that are converted at once
 
 
-class StagedAccumulator(Accumulator):
+class StagedAccumulator(LoadingAccumulator):
     """Also converts its half of the keys: a block's FP8 is loaded two steps before its turn."""
 
     def start(self):
         """Starts to load the first steps, and converts the first block."""
-        queries = self.queries()
+        cursor, (queries, first, *steps) = self.first_steps(5)
         self.load_queries(queries, self.columns, self.ring.at[0], self.refs.full.at[0])
         self.load_tail(queries, 0)
-        first, *steps = self.first_blocks(4)
         self.stage(first, 1)
         self.load_tail(first, 1)
         self.stage(steps[0], 0)
-        self.convert(first, 1, self.scales(first))
+        self.fill(first, 1, self.scales(first))
         self.stage(steps[1], 1)
-        return tuple(steps)
+        return cursor, steps
+
+    def give_way(self, g, condition):
+        """Nothing: the next keys to be converted wait for this one's products."""
 
     def look_ahead(self, steps):
         """Also the scales of the block that is converted next."""
-        return self.next_step(steps[-1]), self.scales(steps[0])
+        cursor, queue = steps
+        return self.next_step(cursor), self.scales(queue[0])
 
     def supply(self, g, steps, found):
         """Fills the g-th step's slot with the step two further on; loads what comes after."""
-        (following, scales), slot = found, self.slot(g)
-        target, full = self.ring.at[slot], self.refs.full.at[slot]
-        self.load_queries(steps[0], self.columns, target, full)
-        self.convert(steps[0], slot, scales)
-        self.stage(steps[2], slot)
-        return *steps[1:], following
+        (_, queue), ((cursor, step), scales), slot = steps, found, self.slot(g)
+        self.load_queries(queue[0], self.columns, self.ring.at[slot], self.refs.full.at[slot])
+        self.fill(queue[0], slot, scales)
+        self.stage(queue[2], slot)
+        return cursor, [*queue[1:], step]
 
     def stage(self, step, slot):
         """Starts to load a block's FP8."""
         staged = self.refs.staged.at[2 * self.side + slot]
-        self.load_values(step, self.refs.STAGE.at[self.side, slot], staged)
+        self.load_values(step, self.columns, self.refs.STAGE.at[self.side, slot], staged)
+        self.prefetch_tail(step, self.side == 1)
 
     def scales(self, step):
-        """Scales of a block's keys, for each tile of columns."""
-        first, tiles = self.side * (self.p.half // TILE), self.p.half // TILE
-        scales = self.refs.keys.scales.at[jnp.where(self.has_keys(step), step.place, 0)]
-        return [
-            plgpu.load(scales.at[:, first + tile], layout=BY_ROW, optimized=False)
-            for tile in range(tiles)
-        ]
+        """The scale of each thread's columns of a block."""
+        scales = self.refs.keys.scales.at[jnp.maximum(step, 0)]
+        first = self.side * self.p.half
+        tiles = [lax.div(first + column, TILE) for column in (0, self.p.half // 2)]
+        return load_scales(scales, tiles)
 
-    def convert(self, step, slot, scales):
-        """Turns a block's FP8 into what the tensor core multiplies, if a step has a block."""
+    def fill(self, step, slot, scales):
+        """Fills a slot with what the tensor core multiplies, if a step is a block."""
 
-        @pl.when(self.has_keys(step))
+        @pl.when(step >= 0)
         def _convert():
             plgpu.barrier_wait(self.refs.staged.at[2 * self.side + slot])
-            for column in range(0, self.p.half, CHUNK):
-                part = self.refs.STAGE.at[self.side, slot, :, pl.ds(column, CHUNK)]
-                values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-                values = values.astype(jnp.float16).astype(F32)
-                scale = lax.broadcast_in_dim(scales[column // TILE], (BLOCK, CHUNK), [0])
-                target = self.ring.at[slot, :, pl.ds(column, CHUNK)]
-                target[...] = (values * scale).astype(self.p.dtype)
+            convert(self.refs.STAGE.at[self.side, slot], self.ring.at[slot], scales)
             plgpu.commit_smem()
             plgpu.barrier_arrive(self.refs.full.at[slot])

@@ -12,10 +12,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.mla.plan import FIRST, LENGTH, SEQUENCE, num_blocks
 from whalejax.kernels.mla.sizes import ROPE, ROWS, num_tiles
+from whalejax.kernels.mosaic import interpreted
 
 F32 = jnp.float32
 NEVER = -1e30  # a score that counts for nothing: an infinity would leave NaN behind
 REAL = -1e20  # every score that counts is larger, and every other smaller
+NONE = -(2**31)  # a step past a worker's last piece
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -48,7 +50,7 @@ class Problem:
 
     @property
     def slots(self) -> int:
-        """Blocks of keys in `dtype` under way; FP8 has two more on their way to them."""
+        """Blocks of keys in `dtype` under way; two more are in FP8, where that is."""
         return 2 if self.fp8 else 3
 
     @property
@@ -126,23 +128,20 @@ class Refs(NamedTuple):
     scored: Any  # by the scorer: weights are there, or queries are taken
     taken: Any  # by the right accumulator: weights are
     finished: Any  # by the scorer: a piece's sums are written
-    read: Any  # by the scorer: a slot's keys are
+    read: Any = None  # by the scorer: a slot's keys are; not in FP8
     STAGE: Any = None  # FP8 of two blocks' values, in halves
     staged: Any = None  # two of each side: a block's FP8 is loaded
 
 
-class Step(NamedTuple):
-    """What fills a slot: a sequence's queries, where `block` is -1, or a block of its keys.
+class Cursor(NamedTuple):
+    """Where a worker is among what fills slots: queries, where `block` is -1, and blocks of keys.
 
-    Attributes:
-      last: the end of the worker's blocks of this sequence.
-      place: of the block in the cache, read long before it is used: loads take hundreds of cycles.
+    `last` is the end of the worker's blocks of the sequence.
     """
 
     sequence: Any
     block: Any
     last: Any
-    place: Any
 
 
 class Piece(NamedTuple):
@@ -186,53 +185,81 @@ class Warpgroup:
         part = 2 * self.worker + (first == 0).astype(jnp.int32)
         return Piece(first, last, length, part, (first > 0) | (last < num_blocks(length)))
 
-    def queries(self) -> Step:
-        """The first step: the first sequence's queries, for which nothing needs to be looked up."""
-        return Step(self.begin[0], jnp.int32(-1), 0, 0)
+    def first_steps(self, count: int) -> tuple[Cursor, list]:
+        """The first steps, queries and blocks; nothing needs to be looked up for the queries.
 
-    def first_blocks(self, count: int) -> list[Step]:
-        """The steps behind the first."""
+        A step is a number, kept in few registers for long: the place in the cache of a block of
+        keys, or `~sequence` for its queries, or `NONE` past the last piece.
+        """
         sequence, first, length = self.begin
-        step, found = Step(sequence, first - 1, self.last(sequence, length), 0), []
-        for _ in range(count):
-            step = self.next_step(step)
-            found.append(step)
-        return found
+        cursor = Cursor(sequence, first - 1, self.last(sequence, length))
+        steps = [jnp.where(sequence < self.stop, ~sequence, NONE)]
+        for _ in range(count - 1):
+            cursor, step = self.next_step(cursor)
+            steps.append(step)
+        return cursor, steps
 
-    def next_step(self, step: Step) -> Step:
-        """The step after one; past the last piece, those of no piece."""
-        following = step.block + 1
+    def next_step(self, cursor: Cursor) -> tuple[Cursor, jax.Array]:
+        """The step after one, long before its use: what is looked up takes hundreds of cycles."""
+        following = cursor.block + 1
 
         def stay():
-            return step.sequence, following, step.last
+            return Cursor(cursor.sequence, following, cursor.last)
 
         def go_on():
-            sequence = step.sequence + 1
-            return sequence, jnp.int32(-1), self.last(sequence, self.length(sequence))
+            sequence = cursor.sequence + 1
+            return Cursor(sequence, jnp.int32(-1), self.last(sequence, self.length(sequence)))
 
-        sequence, block, last = lax.cond(following < step.last, stay, go_on)
+        cursor = lax.cond(following < cursor.last, stay, go_on)
+        sequence, block, _ = cursor
         index = jnp.maximum(block, 0)
         page = self.refs.table[
             jnp.minimum(sequence, self.p.batch - 1), lax.div(index, self.p.page_blocks)
         ]
         place = page * self.p.page_blocks + lax.rem(index, self.p.page_blocks)
-        return Step(sequence, block, last, place)
+        step = jnp.where(block >= 0, place, ~sequence)
+        return cursor, jnp.where(sequence < self.stop, step, NONE)
 
-    def real(self, step: Step) -> jax.Array:
-        """Whether a step is one, not past the worker's last piece."""
-        return step.sequence < self.stop
+    def slot(self, g):
+        """The place in the ring of the g-th step."""
+        return lax.rem(g, self.p.slots)
 
-    def load_queries(self, step: Step, columns: Any, target: Any, barrier: Any) -> None:
+    def load_queries(self, step: jax.Array, columns: Any, target: Any, barrier: Any) -> None:
         """Starts to load columns of queries, if a step has some."""
 
-        @pl.when(self.real(step) & (step.block < 0))
+        @pl.when((step < 0) & (step != NONE))
         def _queries():
             rows = pl.ds(self.tile * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(self.refs.q.at[step.sequence, rows, columns], target, barrier)
+            plgpu.copy_gmem_to_smem(self.refs.q.at[~step, rows, columns], target, barrier)
 
-    def has_keys(self, step: Step) -> jax.Array:
-        """Whether a step is a block of keys, not queries, nor past the worker's last piece."""
-        return self.real(step) & (step.block >= 0)
+    def load_values(self, step: jax.Array, columns: Any, target: Any, barrier: Any) -> None:
+        """Starts to load columns of a block's values, if a step is a block."""
+
+        @pl.when(step >= 0)
+        def _values():
+            values = self.refs.keys.values.at[step, :, columns]
+            plgpu.copy_gmem_to_smem(values, target, barrier)
+
+    def prefetch_tail(self, step: jax.Array, condition: Any) -> None:
+        """Brings a block's rotary part, which is loaded later, and waited for, into the L2."""
+        if interpreted():  # which has no L2
+            return
+
+        @pl.when(step >= 0)
+        def _prefetch():
+            tail = self.refs.keys.rotary.at[step, :, self.p.key_tail]
+            plgpu.async_prefetch(tail, predicate=condition)
+
+    def load_rotary(self, step: jax.Array, g: jax.Array) -> None:
+        """Starts to load the rotary part of a step into the g-th step's place."""
+        place = lax.rem(g, 2)
+        target, full = self.refs.TAILS.at[place], self.refs.tail_full.at[place]
+        self.load_queries(step, self.p.tail, target, full)
+
+        @pl.when(step >= 0)
+        def _keys():
+            keys = self.refs.keys.rotary.at[step, :, self.p.key_tail]
+            plgpu.copy_gmem_to_smem(keys, target, full)
 
 
 def natural(top, total):

@@ -41,7 +41,7 @@ def candidates(case: Case) -> tuple[list[Candidate], Candidate, dict[str, float]
         )
 
     found = [ours(functools.partial(decode, name), sets, name) for name in names]
-    if on_gpu:
+    if on_gpu and not case.fp8:
         found += peers.mla(sets, **options)
     wanted = definition(arrays, options)
     errors = {c.name: worst_row(out_of(c)[:CHECKED], wanted) for c in found}
@@ -53,7 +53,8 @@ def definition(arrays: tuple, options: dict) -> jax.Array:
 
     def decode(q, pages, table, lengths):
         few = q[:CHECKED].astype(jnp.float32), table[:CHECKED], lengths[:CHECKED]
-        keys = pages.astype(jnp.float32)
+        whole = pages.dequantize() if isinstance(pages, mla.FP8Pages) else pages
+        keys = whole.astype(jnp.float32)
         out, _ = mla.mla_decode(few[0], keys, *few[1:], implementation="xla", **options)
         return out
 
