@@ -25,7 +25,7 @@ class Accumulator(Warpgroup):
     def __init__(self, p, refs, worker, tile, side: jax.Array):
         super().__init__(p, refs, worker, tile)
         self.side = side
-        self.columns = pl.ds(side * p.half, p.half)
+        self.columns = self.columns_of(side)
         self.ring = refs.RING.at[side]
 
     def run(self) -> None:
@@ -36,13 +36,14 @@ class Accumulator(Warpgroup):
             some = own.first < own.last
             plgpu.barrier_wait(self.refs.scored.at[self.slot(g)])  # queries are taken
             self.queries_taken(steps, g)
-            steps = self.supply_if(some, g, steps, self.look_ahead(steps))
+            steps = self.supply_if(some, g, steps, self.look_ahead(steps, g))
             self.give_way(g + 1, some)
             start = g + 1, steps, self.zeros()
             g, steps, acc = lax.fori_loop(own.first, own.last, self.block(own), start)
             # through the slot that was read last, and is filled again only now
-            self.store(sequence, own, acc, self.slot(g + self.p.slots - 1))
-            return g, self.supply(g + self.p.slots - 1, steps, self.look_ahead(steps))
+            self.store(sequence, own, acc, self.slot(g - 1))
+            last = g - 1
+            return g, self.supply(last, steps, self.look_ahead(steps, last))
 
         lax.fori_loop(self.begin[0], self.stop, piece, (0, self.start()))
         plgpu.wait_smem_to_gmem(0)
@@ -58,7 +59,7 @@ class Accumulator(Warpgroup):
         def step(j, carry):
             g, steps, acc = carry
             slot, left = self.slot(g), piece.length - j * BLOCK
-            found = self.look_ahead(steps)
+            found = self.look_ahead(steps, g)
             plgpu.barrier_wait(refs.scored.at[slot])
             factor = plgpu.load(refs.FACTORS.at[slot], layout=BY_ROW)
             acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])

@@ -31,7 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from whalejax.kernels.mla.loading import LoadingAccumulator
 from whalejax.kernels.mla.scorer import Scorer
 from whalejax.kernels.mla.sizes import BLOCK, ROPE, ROWS
-from whalejax.kernels.mla.staged import StagedAccumulator
+from whalejax.kernels.mla.staged import ConvertingAccumulator, LoadingScorer
 from whalejax.kernels.mla.worker import F32, Keys, Problem, Refs
 from whalejax.kernels.mosaic import transforms
 
@@ -51,7 +51,8 @@ def build(p: Problem):
       `f32[2 * workers, tiles * 64]`, base-2 logarithms or `NEVER` where a row sees no key.
     """
 
-    accumulator = StagedAccumulator if p.fp8 else LoadingAccumulator
+    scorer = LoadingScorer if p.fp8 else Scorer
+    accumulator = ConvertingAccumulator if p.fp8 else LoadingAccumulator
 
     def body(bounds, lengths, table, q, *refs, **scratch):
         keys = Keys(*refs[:3]) if p.fp8 else Keys(refs[0], None, refs[0])
@@ -63,7 +64,7 @@ def build(p: Problem):
         @pl.when(wg == 2)
         def _score():
             plgpu.set_max_registers(SCORER_REGISTERS, action="increase")
-            Scorer(p, refs, worker, tile).run()
+            scorer(p, refs, worker, tile).run()
 
         @pl.when(wg < 2)
         def _accumulate():
@@ -105,11 +106,11 @@ def scratch(p: Problem) -> dict[str, Any]:
         "RING": smem(2, p.slots, BLOCK, p.half),
         "TAILS": smem(2, BLOCK, ROPE),
         "Q": smem(2, ROWS, 64),
-        "FACTORS": plgpu.SMEM((2 * p.slots + 1, ROWS), F32),
+        "FACTORS": plgpu.SMEM((2 * p.slots + 2, ROWS), F32),
         "full": barrier(num_arrivals=2, num_barriers=p.slots),
         "tail_full": barrier(num_arrivals=1, num_barriers=2),
         "scored": barrier(num_arrivals=1, num_barriers=p.slots),
-        "taken": barrier(num_arrivals=1, num_barriers=2),
+        "taken": barrier(num_arrivals=2 if p.fp8 else 1, num_barriers=2),
         "finished": barrier(num_arrivals=1, num_barriers=p.slots),
     }
     if p.fp8:

@@ -42,7 +42,7 @@ class LoadingAccumulator(Accumulator):
         read = self.refs.read.at[self.slot(g)]
         pl.when(condition)(lambda: plgpu.barrier_wait(read))
 
-    def look_ahead(self, steps):
+    def look_ahead(self, steps, g):
         """What `supply` needs to know, whose loads have time until then: the step behind some."""
         return self.next_step(steps[0])
 

@@ -18,22 +18,32 @@ class Scorer(Warpgroup):
 
     def run(self) -> None:
         """Works through all pieces."""
-        lax.fori_loop(self.begin[0], self.stop, self.score_piece, 0)
+        start = 0, False, self.start()
+        g, after_block, _ = lax.fori_loop(self.begin[0], self.stop, self.score_piece, start)
+        self.feed(g + 1, after_block)
         plgpu.wait_smem_to_gmem(0)
 
-    def score_piece(self, sequence, g):
+    def score_piece(self, sequence, carry):
         """Scores all blocks of the worker's piece of a sequence."""
-        refs, piece = self.refs, self.piece(sequence)
-        plgpu.barrier_wait(refs.full.at[lax.rem(g, self.p.slots)])
+        (g, after_block, ahead), refs, piece = carry, self.refs, self.piece(sequence)
+        some = piece.first < piece.last
+        self.await_keys(g)
         plgpu.barrier_wait(refs.tail_full.at[lax.rem(g, 2)])
+        ahead = self.look_ahead(ahead, g)
         queries = self.take_queries(g)
-        plgpu.barrier_arrive(refs.scored.at[lax.rem(g, self.p.slots)])
-        self.await_keys(g + 1, piece.first < piece.last)
-        start = g + 1, by_row(NEVER), by_row(0)
+        plgpu.barrier_arrive(refs.scored.at[self.slot(g)])
+        self.feed(g + 1, after_block)
+        pl.when(some)(lambda: self.await_keys(g + 1))
+        start = g + 1, ahead, by_row(NEVER), by_row(0)
         body = self.block(piece, queries)
-        g, top, total = lax.fori_loop(piece.first, piece.last, body, start)
-        seen = total > 0
-        place = lax.rem(sequence - self.begin[0], self.p.slots)
+        g, ahead, top, total = lax.fori_loop(piece.first, piece.last, body, start)
+        self.finish(sequence, piece, top, total)
+        return g, some, ahead
+
+    def finish(self, sequence, piece, top, total):
+        """Passes on and stores the sums of a piece."""
+        refs, seen = self.refs, total > 0
+        place = self.slot(sequence - self.begin[0])
         refs.FACTORS.at[self.p.slots + place][...] = jnp.where(seen, 1 / total, 0.0)
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.finished.at[place])
@@ -59,16 +69,24 @@ class Scorer(Warpgroup):
             sums = jnp.where(seen, top + jnp.log2(total), NEVER)
             refs.part_lse.at[piece.part, pl.ds(self.tile * ROWS, ROWS)][...] = sums
 
-        return g
+    def start(self):
+        """What `look_ahead` begins with: nothing, as accumulators load."""
+        return ()
 
-    def await_keys(self, g, condition):
-        """Waits, under a condition, for the keys of the g-th step but their rotary part."""
-        full = self.refs.full.at[lax.rem(g, self.p.slots)]
-        pl.when(condition)(lambda: plgpu.barrier_wait(full))
+    def look_ahead(self, ahead, g):
+        """Nothing, as accumulators load."""
+        return ahead
+
+    def feed(self, g, after_block):
+        """Nothing, as accumulators load."""
+
+    def await_keys(self, g):
+        """Waits for the g-th step but its rotary part."""
+        plgpu.barrier_wait(self.refs.full.at[self.slot(g)])
 
     def take_queries(self, g):
         """Queries: in registers as far as they fit, the last 128 columns in SMEM."""
-        refs, slot, wgmma = self.refs, lax.rem(g, self.p.slots), plgpu.Layout.WGMMA
+        refs, slot, wgmma = self.refs, self.slot(g), plgpu.Layout.WGMMA
         *early, last = self.parts(slot)
         queries = [plgpu.load(part, layout=wgmma) for part in early]
         refs.Q[0] = plgpu.load(last, layout=wgmma)
@@ -83,11 +101,12 @@ class Scorer(Warpgroup):
         hidden = p.s_q - 1 if p.causal else 0  # from the first new token
 
         def step(j, carry):
-            g, top, total = carry
-            slot, left = lax.rem(g, self.p.slots), piece.length - j * BLOCK
+            g, ahead, top, total = carry
+            slot, left = self.slot(g), piece.length - j * BLOCK
             scores = self.scores(g, queries)
             if refs.read is not None:
                 plgpu.barrier_arrive(refs.read.at[slot])
+
             scores = lax.cond(left - hidden < BLOCK, self.mask, lambda s, _: s, scores, left)
             raised = jnp.maximum(top, scores.max(axis=1) * factor)
             # where nothing was seen yet, the largest score is one that counts for nothing
@@ -96,11 +115,13 @@ class Scorer(Warpgroup):
             change = jnp.exp2(top - raised)
             refs.TAILS[lax.rem(g, 2)] = weights.astype(p.dtype)
             refs.FACTORS.at[slot][...] = change
+            ahead = self.look_ahead(ahead, g)
             plgpu.commit_smem()
             plgpu.barrier_arrive(refs.scored.at[slot])
             total = total * change + weights.sum(axis=1)
-            self.await_keys(g + 1, j + 1 < piece.last)
-            return g + 1, raised, total
+            self.feed(g + 1, j > piece.first)
+            pl.when(j + 1 < piece.last)(lambda: self.await_keys(g + 1))
+            return g + 1, ahead, raised, total
 
         return step
 
@@ -115,7 +136,7 @@ class Scorer(Warpgroup):
         """Queries times the keys of a step."""
         refs, tail_slot = self.refs, lax.rem(g, 2)
         queries = *queries, refs.Q.at[0]
-        early = list(zip(queries, self.parts(lax.rem(g, self.p.slots)), strict=True))
+        early = list(zip(queries, self.parts(self.slot(g)), strict=True))
         tail = refs.Q.at[1], refs.TAILS.at[tail_slot]
         if interpreted():  # which has no products with a left operand in registers
             plgpu.barrier_wait(refs.tail_full.at[tail_slot])

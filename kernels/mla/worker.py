@@ -106,7 +106,7 @@ class Refs(NamedTuple):
         its rotary part, a left operand.
       Q: queries that find no room in registers: the last 64 columns of values, the rotary part.
       FACTORS: of rows: what each block scales the output with, by slot; of pieces, 1 / sum, each
-        for as long as a slot; and a logarithm on its way out.
+        for as long as a slot; a logarithm on its way out; in FP8, steps that the scorer tells.
     """
 
     bounds: Any
@@ -126,7 +126,7 @@ class Refs(NamedTuple):
     full: Any  # a slot is loaded
     tail_full: Any
     scored: Any  # by the scorer: weights are there, or queries are taken
-    taken: Any  # by the right accumulator: weights are
+    taken: Any  # by the right accumulator, in FP8 by both: weights are
     finished: Any  # by the scorer: a piece's sums are written
     read: Any = None  # by the scorer: a slot's keys are; not in FP8
     STAGE: Any = None  # FP8 of two blocks' values, in halves
@@ -219,6 +219,10 @@ class Warpgroup:
         place = page * self.p.page_blocks + lax.rem(index, self.p.page_blocks)
         step = jnp.where(block >= 0, place, ~sequence)
         return cursor, jnp.where(sequence < self.stop, step, NONE)
+
+    def columns_of(self, side: Any) -> Any:
+        """Columns of values of an accumulator."""
+        return pl.ds(side * self.p.half, self.p.half)
 
     def slot(self, g):
         """The place in the ring of the g-th step."""
