@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from whalejax.kernels.mla.inline import scaled
 from whalejax.kernels.mla.sizes import BLOCK, ROWS
 from whalejax.kernels.mla.worker import BY_ROW, F32, Warpgroup
 from whalejax.kernels.mosaic import interpreted
@@ -62,7 +63,7 @@ class Accumulator(Warpgroup):
             found = self.look_ahead(steps, g)
             plgpu.barrier_wait(refs.scored.at[slot])
             factor = plgpu.load(refs.FACTORS.at[slot], layout=BY_ROW)
-            acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
+            acc = scaled(acc, factor)
             pl.when(left < BLOCK)(functools.partial(self.clear, slot, left))
             self.give_way(g + 1, j + 1 < piece.last)
             acc = add_product(acc, refs.TAILS.at[lax.rem(g, 2)], self.ring.at[slot])

@@ -15,10 +15,10 @@ import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, vector
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from whalejax.kernels.mla.inline import array, number
 from whalejax.kernels.mla.sizes import BLOCK
 from whalejax.kernels.mosaic import interpreted, transforms
 
@@ -87,8 +87,9 @@ def load_scales(scales, tiles) -> jax.Array:
     )
     def load(_, scales, index):
         f32 = ir.F32Type.get()
-        pointer = utils.getelementptr(utils.memref_ptr(scales), [_number(index)], f32)
-        return _array(llvm.load(f32, pointer))
+        pointer = utils.getelementptr(utils.memref_ptr(scales), [_own(index)], f32)
+        loaded = vector.broadcast(ir.VectorType.get((1,), f32), llvm.load(f32, pointer))
+        return array(np.array([loaded], dtype=object), BY_THREAD.to_mgpu())
 
     return load(scales, index)
 
@@ -111,7 +112,7 @@ def convert(stage, ring, scales: jax.Array) -> None:
     @plgpu.inline_mgpu(arg_types=(*refs, *[BY_THREAD] * 4))
     def multiply(_, stage, ring, source, target, high, low):
         source, target = (
-            arith.addi(llvm.ptrtoint(_i32(), utils.memref_ptr(ref)), _number(offset))
+            arith.addi(llvm.ptrtoint(_i32(), utils.memref_ptr(ref)), _own(offset))
             for ref, offset in ((stage, source), (ring, target))
         )
         factors = [_pair(high), _pair(low)]
@@ -150,23 +151,16 @@ def _i32():
     return ir.IntegerType.get_signless(32)
 
 
-def _number(array):
+def _own(values):
     """A thread's element of an array of one each."""
-    [register] = array.registers.flat
-    return vector.extract(register, dynamic_position=[], static_position=[0])
+    [register] = values.registers.flat
+    return number(register)
 
 
-def _array(number):
-    """An array of each thread's number."""
-    register = vector.broadcast(ir.VectorType.get((1,), number.type), number)
-    registers = np.array([register], dtype=object)
-    return mgpu.FragmentedArray(_registers=registers, _layout=BY_THREAD.to_mgpu(), _is_signed=None)
-
-
-def _pair(array):
+def _pair(values):
     """A thread's number of 16 bits, twice."""
-    number = utils.bitcast(_number(array), ir.IntegerType.get_signless(16))
-    return utils.inline_ptx("mov.b32 $0, {$1, $1};", number, result_types=_i32())
+    bits = utils.bitcast(_own(values), ir.IntegerType.get_signless(16))
+    return utils.inline_ptx("mov.b32 $0, {$1, $1};", bits, result_types=_i32())
 
 
 def _address(start, chunk):

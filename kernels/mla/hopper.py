@@ -9,6 +9,7 @@ from whalejax.kernels.mla.pages import FP8Pages
 from whalejax.kernels.mla.plan import Plan, plan_mla_decode
 from whalejax.kernels.mla.sizes import BLOCK, ROPE, num_tiles
 
+FP8_V_DIMS = (256, 512)  # of which a thread converts columns of one scale
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -22,8 +23,8 @@ def why_not(op: str, arrays: tuple, v_dim: int, *static) -> str | None:
     q, kv_pages, *_ = arrays
     if reason := mosaic_unusable():
         return reason
-    if isinstance(kv_pages, FP8Pages):  # v_dim 256 and 512, once it has
-        return "the kernel has not run on a GPU with an FP8 cache yet"
+    if isinstance(kv_pages, FP8Pages) and v_dim not in FP8_V_DIMS:
+        return f"the kernel takes an FP8 cache of v_dim {FP8_V_DIMS}, not {v_dim}"
     if q.dtype not in DTYPES:
         return f"the kernel takes bfloat16 and float16, not {q.dtype}"
     if v_dim % 64 or not 128 <= v_dim <= 512 or q.shape[3] - v_dim != ROPE:

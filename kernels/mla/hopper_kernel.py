@@ -17,6 +17,10 @@ Everything passes through one ring of three slots, each a block's values: querie
 shape. A slot is refilled by the warpgroup that has read it last. Rotary parts have two places of
 their own, in which a block's weights follow them: both are a 64 by 64 operand.
 
+A cache in FP8 has a ring of two slots, and two blocks in FP8 on their way to it. Accumulators fill
+a slot that they have read by converting what comes next, and have no time to spare: the scorer
+loads, and products do not wait for scores.
+
 Scores are kept in powers of two, a factor that the exponential does not have to apply.
 """
 
@@ -28,10 +32,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from whalejax.kernels.mla.converting import ConvertingAccumulator, LoadingScorer
 from whalejax.kernels.mla.loading import LoadingAccumulator
 from whalejax.kernels.mla.scorer import Scorer
 from whalejax.kernels.mla.sizes import BLOCK, ROPE, ROWS
-from whalejax.kernels.mla.staged import ConvertingAccumulator, LoadingScorer
 from whalejax.kernels.mla.worker import F32, Keys, Problem, Refs
 from whalejax.kernels.mosaic import transforms
 

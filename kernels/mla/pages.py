@@ -16,7 +16,7 @@ class FP8Pages:
     """Pages of a latent cache, as FlashMLA's and DeepSeek-V3.2's: 656 bytes a token of 1152.
 
     Attributes:
-      latent: `e4m3[pages, page_size, v_dim]`.
+      latent: `e4m3[pages, page_size, v_dim]`; where it has a NaN, its scale must be one too.
       scales: `f32[pages, page_size, ceil(v_dim / 128)]`; a value stands for itself times a scale.
       rope: `bf16|f16|f32[pages, page_size, rope]`, rotary parts of keys.
     """
@@ -51,10 +51,19 @@ class FP8Pages:
     def quantize(cls, tokens: jax.Array, v_dim: int) -> "FP8Pages":
         """Tokens `[..., s, v_dim + rope]` as pages hold them; a NaN spoils its own tile alone."""
         latent, rope = tokens[..., :v_dim], tokens[..., v_dim:]
-        quantized = quantize(latent, TILE, implementation="xla")
-        return cls(quantized.values, quantized.scales, rope)
+        # which takes no float16
+        quantized = quantize(latent.astype(jnp.float32), TILE, implementation="xla")
+        scales = jnp.where(_spoiled(quantized.values), jnp.nan, quantized.scales)
+        return cls(quantized.values, scales, rope)
 
     def dequantize(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
         """The cache that this stands for, in `dtype`."""
         latent = QuantizedArray(self.latent, self.scales, TILE).dequantize(dtype)
         return jnp.concatenate([latent, self.rope.astype(dtype)], axis=-1)
+
+
+def _spoiled(values: jax.Array) -> jax.Array:
+    """Which tiles of `[..., v_dim]` hold a NaN."""
+    missing = -values.shape[-1] % TILE[1]
+    padded = jnp.pad(jnp.isnan(values), [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+    return padded.reshape(*values.shape[:-1], -1, TILE[1]).any(axis=-1)

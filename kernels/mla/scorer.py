@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.mla.sizes import BLOCK, ROWS
-from whalejax.kernels.mla.worker import F32, NEVER, REAL, Warpgroup, by_row, natural
+from whalejax.kernels.mla.worker import F32, NEVER, REAL, SLACK, Warpgroup, by_row, natural
 from whalejax.kernels.mosaic import interpreted
 
 
@@ -108,7 +108,8 @@ class Scorer(Warpgroup):
                 plgpu.barrier_arrive(refs.read.at[slot])
 
             scores = lax.cond(left - hidden < BLOCK, self.mask, lambda s, _: s, scores, left)
-            raised = jnp.maximum(top, scores.max(axis=1) * factor)
+            largest = scores.max(axis=1) * factor
+            raised = jnp.where(largest > top + SLACK, largest, top)
             # where nothing was seen yet, the largest score is one that counts for nothing
             base = jnp.where(raised > REAL, raised, 0.0)
             weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(base, scores.shape, [0]))

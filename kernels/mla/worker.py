@@ -17,6 +17,9 @@ from whalejax.kernels.mosaic import interpreted
 F32 = jnp.float32
 NEVER = -1e30  # a score that counts for nothing: an infinity would leave NaN behind
 REAL = -1e20  # every score that counts is larger, and every other smaller
+# Powers of two by which weights may exceed 1 before a row's sums are scaled anew, which is seldom
+# then (FlashAttention-4's rule).
+SLACK = 8
 NONE = -(2**31)  # a step past a worker's last piece
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 

@@ -95,19 +95,33 @@ def test_equals_numpy_float64(run, lengths, sizes, causal):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
+def test_scores_may_grow_from_block_to_block(run):
+    """So much that the sums of some rows, and only theirs, have to be scaled anew."""
+    q, pages, table, lengths = draw([400, 300], heads=64)
+    q = q * jnp.linspace(0, 40, 64, dtype=q.dtype)[None, None, :, None]
+    out, lse = run(decode(128), q, pages, table, lengths)
+    expected, expected_lse = truth(q, pages, table, lengths, 128, 192**-0.5, True)
+    assert_rows_close(out, expected, tolerance=5e-3)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
 FP8_CASES = [
     ([70, 0, 1, 192], {}),
     ([65, 300], {"s_q": 2, "heads": 5, "page_size": 128}),
     ([150], {"v_dim": 512}),
+    ([100], {"dtype": jnp.float16}),
+    ([100], {"magnitude": 2.0**-60}),
+    ([100], {"magnitude": 2.0**40}),
 ]
 
 
-def draw_fp8(lengths, v_dim=256, **sizes):
+def draw_fp8(lengths, v_dim=256, magnitude=1.0, **sizes):
     """The same with a cache in FP8, and the cache that it stands for in place of the exact one."""
     q, pages, *rest = draw(lengths, v_dim=v_dim, **sizes)
-    scale = 2.0 ** (np.arange(pages.shape[1]) % 5 - 2)  # of each token another
+    scale = magnitude * 2.0 ** (np.arange(pages.shape[1]) % 5 - 2)  # of each token another
     quantized = FP8Pages.quantize(pages * jnp.asarray(scale, pages.dtype)[None, :, None], v_dim)
-    return (q, quantized, *rest), (q, quantized.dequantize(jnp.bfloat16), *rest)
+    q = q / jnp.asarray(magnitude, q.dtype)  # scores stay what they are
+    return (q, quantized, *rest), (q, quantized.dequantize(pages.dtype), *rest)
 
 
 @pytest.mark.parametrize(("lengths", "sizes"), FP8_CASES, ids=str)
@@ -118,6 +132,15 @@ def test_an_fp8_cache_equals_the_one_it_stands_for(run, lengths, sizes):
     expected, expected_lse = truth(*exact, d - 64, d**-0.5, True)
     assert_rows_close(out, expected, tolerance=5e-3)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_nan_that_is_seen_spoils_its_sequence_alone(run, fp8):
+    q, pages, table, lengths = draw([70, 100], v_dim=256)
+    pages = pages.at[table[0, 0], 3, 5].set(jnp.nan)
+    pages = FP8Pages.quantize(pages, 256) if fp8 else pages
+    out, _ = run(decode(256), q, pages, table, lengths)
+    assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
 
 
 def test_runs_are_identical(run):
