@@ -21,49 +21,65 @@ class Permutation(NamedTuple):
       source: `i32[rows]`, the flat index `t * k_count + k` that fills a row; `T * k_count` for
         padding.
       group_sizes: `i32[E]`, rows of each expert without padding.
+      overflow: `i32[]`, choices that found no row.
     """
 
     row_of: jax.Array
     source: jax.Array
     group_sizes: jax.Array
+    overflow: jax.Array
 
 
-def plan_permutation(topk_idx: jax.Array, num_experts: int, *, alignment: int = 128) -> Permutation:
+def plan_permutation(
+    topk_idx: jax.Array,
+    num_experts: int,
+    *,
+    alignment: int = 128,
+    capacity: int | None = None,
+) -> Permutation:
     """Lays the choices of all tokens out by expert.
 
     Args:
       topk_idx: `i32[T, k]`, the experts that each token chose; -1 for no choice.
       num_experts: E, experts numbered from 0.
       alignment: every expert's rows start on a multiple of this.
+      capacity: rows of every expert, no more and no less, in place of an alignment; an expert's
+        last choices that are too many have none, and are counted.
 
     Returns:
-      A `Permutation` whose number of rows is static: enough for any choice, nothing is dropped.
+      A `Permutation` whose number of rows is static: enough for any choice without a capacity.
 
     Raises:
       ValueError: `topk_idx` is not of two axes, or a number is not positive.
     """
-    if topk_idx.ndim != 2 or num_experts < 1 or alignment < 1:
+    if topk_idx.ndim != 2 or min(num_experts, alignment, capacity or 1) < 1 or capacity == 0:
         raise ValueError(
             f"plan_permutation: topk_idx.shape={topk_idx.shape} must be [tokens, k], "
-            f"num_experts={num_experts} and alignment={alignment} positive"
+            f"num_experts={num_experts}, alignment={alignment} and capacity={capacity} positive"
         )
     choices = topk_idx.size
-    rows = num_rows(choices, num_experts, alignment)
     expert = jnp.where(topk_idx < 0, num_experts, topk_idx).reshape(-1).astype(jnp.int32)
     order = jnp.argsort(expert, stable=True).astype(jnp.int32)
     rank = jnp.argsort(order).astype(jnp.int32)
     sizes = jnp.sum(expert[None] == jnp.arange(num_experts, dtype=jnp.int32)[:, None], axis=1)
     sizes = sizes.astype(jnp.int32)
     first = exclusive_cumsum(sizes)
-    first_row = exclusive_cumsum(aligned(sizes, alignment))
-    chosen = expert < num_experts
     at = jnp.minimum(expert, num_experts - 1)
-    row_of = jnp.where(chosen, first_row[at] + rank - first[at], rows)
-    row_expert = group_of_tiles(sizes, rows // alignment, alignment).repeat(alignment)
+    if capacity is None:
+        rows, kept = num_rows(choices, num_experts, alignment), sizes
+        first_row = exclusive_cumsum(aligned(sizes, alignment))
+        row_expert = group_of_tiles(sizes, rows // alignment, alignment).repeat(alignment)
+    else:
+        rows, kept = num_experts * capacity, jnp.minimum(sizes, capacity)
+        first_row = jnp.arange(num_experts, dtype=jnp.int32) * capacity
+        row_expert = jnp.arange(num_experts, dtype=jnp.int32).repeat(capacity)
+    place = rank - first[at]
+    row_of = jnp.where((expert < num_experts) & (place < kept[at]), first_row[at] + place, rows)
     offset = jnp.arange(rows, dtype=jnp.int32) - first_row[row_expert]
-    filled = offset < sizes[row_expert]
+    filled = offset < kept[row_expert]
     source = jnp.where(filled, order[jnp.where(filled, first[row_expert] + offset, 0)], choices)
-    return Permutation(row_of.reshape(topk_idx.shape), source, sizes)
+    overflow = jnp.sum(sizes - kept, dtype=jnp.int32)
+    return Permutation(row_of.reshape(topk_idx.shape), source, kept, overflow)
 
 
 def num_rows(choices: int, num_experts: int, alignment: int) -> int:
@@ -99,31 +115,36 @@ permute.defvjp(_permute_forward, _permute_backward)
 
 
 @jax.custom_vjp
-def unpermute(rows: jax.Array, weights: jax.Array, permutation: Permutation) -> jax.Array:
+def unpermute(rows: jax.Array, weights: jax.Array | None, permutation: Permutation) -> jax.Array:
     """Sums the experts' rows of each token, weighted, in float32.
 
     Args:
       rows: `[rows, H]`, the experts' outputs.
-      weights: `f32[T, k]`.
+      weights: `f32[T, k]`; None for ones.
       permutation: the one that `permute` used.
 
     Returns:
       `[T, H]` in the dtype of `rows`.
     """
-    picked = rows.at[permutation.row_of].get(mode="fill", fill_value=0)
-    total = jnp.einsum("tkh,tk->th", picked.astype(jnp.float32), weights)
-    return total.astype(rows.dtype)
+    picked = rows.at[permutation.row_of].get(mode="fill", fill_value=0).astype(jnp.float32)
+    if weights is None:
+        return jnp.sum(picked, axis=1).astype(rows.dtype)
+    return jnp.einsum("tkh,tk->th", picked, weights).astype(rows.dtype)
 
 
 def _unpermute_forward(rows, weights, permutation):
-    return unpermute(rows, weights, permutation), (rows, weights, permutation)
+    # without weights rows are not needed, but their dtype
+    kept = jnp.zeros((), rows.dtype) if weights is None else rows
+    return unpermute(rows, weights, permutation), (kept, weights, permutation)
 
 
 def _unpermute_backward(residuals, dy):
     rows, weights, permutation = residuals
-    k = weights.shape[1]
-    weight_of_row = weights.reshape(-1).at[permutation.source].get(mode="fill", fill_value=0)
+    k = permutation.row_of.shape[1]
     dy_of_row = dy.at[permutation.source // k].get(mode="fill", fill_value=0)
+    if weights is None:
+        return dy_of_row.astype(rows.dtype), None, None
+    weight_of_row = weights.reshape(-1).at[permutation.source].get(mode="fill", fill_value=0)
     d_rows = (dy_of_row.astype(jnp.float32) * weight_of_row[:, None]).astype(rows.dtype)
     picked = rows.at[permutation.row_of].get(mode="fill", fill_value=0)
     d_weights = jnp.einsum("tkh,th->tk", picked.astype(jnp.float32), dy.astype(jnp.float32))

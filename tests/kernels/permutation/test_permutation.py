@@ -69,6 +69,29 @@ def test_padding_rows_are_zero():
     np.testing.assert_array_equal(rows.sum(1), [2, 0, 0, 0, 2, 2, *[0] * (len(rows) - 6)])
 
 
+def test_a_capacity_gives_every_expert_its_rows_and_counts_what_is_too_much():
+    idx = jnp.array([[1, 0], [1, -1], [1, 0]], jnp.int32)
+    plan = plan_permutation(idx, 3, capacity=2)
+    rows = np.asarray(permute(jnp.arange(1.0, 4.0)[:, None], plan)).reshape(3, 2)
+    np.testing.assert_array_equal(rows, [[1, 3], [1, 2], [0, 0]])
+    np.testing.assert_array_equal(plan.group_sizes, [2, 2, 0])
+    assert plan.overflow == 1
+    back = unpermute(permute(jnp.ones((3, 1)), plan), None, plan)
+    np.testing.assert_array_equal(back[:, 0], [2, 1, 1])
+
+
+def test_gradients_without_weights_equal_those_with_ones():
+    idx = jnp.asarray(choose(9, 2, 4, 5))
+    plan = plan_permutation(idx, 4, alignment=8)
+    rows = jax.random.normal(jax.random.key(0), (plan.source.shape[0], 5))
+
+    def loss(rows, weights):
+        return jnp.sum(jnp.sin(unpermute(rows, weights, plan)))
+
+    got = jax.grad(loss)(rows, None)
+    np.testing.assert_allclose(got, jax.grad(loss)(rows, jnp.ones(idx.shape)), rtol=1e-6)
+
+
 def test_gradients_equal_those_of_a_dense_formula():
     idx = jnp.asarray(choose(9, 2, 4, 5))
     plan = plan_permutation(idx, 4, alignment=8)
@@ -98,5 +121,7 @@ def test_gradients_equal_those_of_a_dense_formula():
 def test_impossible_plans_are_refused():
     with pytest.raises(ValueError, match=r"topk_idx.shape=\(3,\)"):
         plan_permutation(jnp.zeros(3, jnp.int32), 4)
+    with pytest.raises(ValueError, match="capacity=0"):
+        plan_permutation(jnp.zeros((3, 1), jnp.int32), 4, capacity=0)
     with pytest.raises(ValueError, match="num_experts=0"):
         plan_permutation(jnp.zeros((3, 1), jnp.int32), 0)

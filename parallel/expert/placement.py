@@ -1,0 +1,94 @@
+"""Where each replica of each expert lives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Slots of experts, `slots_per_rank` on each rank of one or more mesh axes, in their order.
+
+    Shapes depend on the numbers of experts, slots and ranks alone, so that a jitted step takes any
+    placement of the same numbers without being compiled again.
+
+    Attributes:
+      physical_to_logical: `i32[slots]`, the expert in each slot; rank r holds slots
+        `r * slots_per_rank` to `(r + 1) * slots_per_rank`.
+      logical_to_physical: `i32[E, slots - E + 1]`, the slots of each expert, then -1.
+      counts: `i32[E]`, how many slots an expert has.
+      num_ranks: ranks that the slots are spread over.
+    """
+
+    physical_to_logical: jax.Array
+    logical_to_physical: jax.Array
+    counts: jax.Array
+    num_ranks: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_experts(self) -> int:
+        """Logical experts."""
+        return self.counts.shape[0]
+
+    @property
+    def slots_per_rank(self) -> int:
+        """Experts, or replicas, that a rank holds."""
+        return self.physical_to_logical.shape[0] // self.num_ranks
+
+    @classmethod
+    def uniform(cls, num_experts: int, num_ranks: int) -> "Placement":
+        """Every expert once, in order.
+
+        Raises:
+          ValueError: `num_experts` is no multiple of `num_ranks`; prints both.
+        """
+        return cls.from_eplb(np.arange(num_experts), num_ranks)
+
+    @classmethod
+    def from_eplb(cls, physical_to_logical: ArrayLike, num_ranks: int) -> "Placement":
+        """The placement of one layer of a plan.
+
+        Args:
+          physical_to_logical: `i32[slots]`, concrete; experts are numbered from 0, each is there.
+          num_ranks: that the slots are spread over.
+
+        Raises:
+          ValueError: slots are no multiple of ranks, or an expert is missing; prints which.
+        """
+        experts = np.asarray(physical_to_logical, np.int32)
+        if experts.ndim != 1 or num_ranks < 1 or experts.size == 0 or experts.size % num_ranks:
+            raise ValueError(
+                f"Placement: physical_to_logical of shape {experts.shape} must be [slots], a "
+                f"multiple of num_ranks={num_ranks}"
+            )
+        num_experts = int(experts.max()) + 1
+        counts = np.bincount(np.maximum(experts, 0), minlength=num_experts).astype(np.int32)
+        if experts.min() < 0 or not counts.all():
+            missing = np.flatnonzero(counts == 0).tolist()
+            raise ValueError(
+                f"Placement: every expert of 0..{num_experts - 1} must have a slot; without one: "
+                f"{missing}, smallest number: {experts.min()}"
+            )
+        slots = np.full((num_experts, experts.size - num_experts + 1), -1, np.int32)
+        for expert in range(num_experts):
+            slots[expert, : counts[expert]] = np.flatnonzero(experts == expert)
+        return cls(jnp.asarray(experts), jnp.asarray(slots), jnp.asarray(counts), num_ranks)
+
+    def slots_of(self, topk_idx: jax.Array, salt: jax.Array | int = 0) -> jax.Array:
+        """The slot that serves each choice of each token, its expert's replicas in turn.
+
+        Args:
+          topk_idx: `i32[T, k]`, experts; -1 for no choice.
+          salt: where turns begin, so that not all ranks begin with the same replica.
+
+        Returns:
+          `i32[T, k]`, -1 for no choice.
+        """
+        expert = jnp.maximum(topk_idx, 0)
+        turn = jnp.arange(topk_idx.shape[0], dtype=jnp.int32)[:, None] + salt
+        slot = self.logical_to_physical[expert, turn % self.counts[expert]]
+        return jnp.where(topk_idx < 0, -1, slot).astype(jnp.int32)
