@@ -29,14 +29,17 @@ def demo_command(args: Sequence[str]) -> None:
 
 def train_command(args: Sequence[str]) -> None:
     """Train a model, or go on with a run."""
+    from whalejax.parallel.mesh import MeshConfig
     from whalejax.training.run import TrainConfig, train
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Train(TrainConfig):
         from_pretrained: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+        mesh: str = str(MeshConfig())
 
     Train.__doc__ = TrainConfig.__doc__
-    train(parse(Train, "train", args))
+    config = vars(parse(Train, "train", args))
+    train(TrainConfig(**config | {"mesh": MeshConfig.parse(config["mesh"])}))
 
 
 def generate_command(args: Sequence[str]) -> None:

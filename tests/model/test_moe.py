@@ -98,7 +98,17 @@ def test_load_counts_every_choice():
     assert int(stats.load.sum()) == 8 * 6 * 2 and stats.load.shape == (8,)
 
 
-@pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(data=2), MeshConfig(data=8)])
+@pytest.mark.parametrize(
+    "mesh_config",
+    [
+        MeshConfig(),
+        MeshConfig(data=2),
+        MeshConfig(data=8),
+        MeshConfig(expert=8),
+        MeshConfig(data=2, fsdp=2, expert=2),
+    ],
+    ids=str,
+)
 def test_a_sharded_batch_gives_the_same_output_and_gradient(mesh_config):
     p, x = layer(), tokens()
     graphdef, state = nnx.split(p)

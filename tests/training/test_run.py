@@ -44,7 +44,7 @@ def one_device(monkeypatch):
     """Runs here use one device; a step over eight is tested in test_step.py."""
     make = run.make_mesh
     monkeypatch.setattr(
-        run, "make_mesh", lambda config: make(config, jax.devices()[: 2 if config.data == 2 else 1])
+        run, "make_mesh", lambda config: make(config, jax.devices()[: config.data * config.expert])
     )
 
 
@@ -140,6 +140,7 @@ def test_ten_bad_steps_stop_the_run_and_keep_the_checkpoint(config, micro, tmp_p
     [
         ({"length": 10**6}, "1000000"),
         ({"batch_size": 9, "mesh": run.MeshConfig(data=2)}, "batch_size=9"),
+        ({"batch_size": 9, "mesh": run.MeshConfig(expert=3)}, "n_routed_experts=4 .* expert=3"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(config, change, error):

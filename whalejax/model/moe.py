@@ -6,13 +6,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from whalejax.kernels.permutation import permute, plan_permutation, unpermute
 from whalejax.model.config import MoEConfig
 from whalejax.model.linear import grouped_linear, linear
 from whalejax.model.parameters import Initializer, read
 from whalejax.model.sharding import on_own_batch
+from whalejax.parallel.expert import Placement, combine, dispatch
+from whalejax.parallel.mesh import EXPERT
 
 
 class MLP(nnx.Module):
@@ -144,20 +146,30 @@ def routed_experts(
     config: MoEConfig,
     *,
     fp8: bool = False,
+    placement: Placement | None = None,
 ) -> jax.Array:
-    """Sends `[T, hidden]` tokens through their experts and sums the weighted outputs; dropless."""
+    """Sends `[T, hidden]` tokens through their experts and sums the weighted outputs; dropless.
+
+    With a placement it is called by every rank of the `expert` axis, with p its own experts.
+    """
     # padding costs at most `alignment - 1` rows an expert: small for training, not for decode
     alignment = 128 if fp8 or topk_idx.size >= 64 * config.n_routed_experts else 8
     layout = {"alignment": alignment, "fp8": fp8}
     with jax.named_scope("dispatch"):
-        plan = plan_permutation(topk_idx, config.n_routed_experts, alignment=alignment)
-        rows = permute(x, plan)
+        if placement is None:
+            plan = plan_permutation(topk_idx, config.n_routed_experts, alignment=alignment)
+            rows, sizes = permute(x, plan), plan.group_sizes
+        else:
+            choice = x, topk_idx, topk_weights, placement
+            sent = dispatch(*choice, axis=EXPERT, alignment=alignment)
+            rows, sizes = sent.tokens, sent.group_sizes
     with jax.named_scope("experts"):
-        projections = (p.gate_proj, p.up_proj)
-        gate, up = grouped_linear(rows, projections, plan.group_sizes, **layout)
-        out = grouped_linear(jax.nn.silu(gate) * up, p.down_proj, plan.group_sizes, **layout)
+        gate, up = grouped_linear(rows, (p.gate_proj, p.up_proj), sizes, **layout)
+        out = grouped_linear(jax.nn.silu(gate) * up, p.down_proj, sizes, **layout)
     with jax.named_scope("combine"):
-        return unpermute(out, topk_weights, plan)
+        if placement is None:
+            return unpermute(out, topk_weights, plan)
+        return combine(out, sent.handle)
 
 
 def moe(
@@ -169,19 +181,24 @@ def moe(
       p: weights of one layer.
       x: `bf16|f32[b, t, hidden]`.
       config: sizes and routing.
-      mesh: where the batch is sharded over `BATCH_AXES`, each device sorts its own tokens.
+      mesh: where the batch is sharded over `BATCH_AXES`, each device sorts its own tokens; where
+        it has several ranks of the `expert` axis, they go to the ranks of their experts.
       fp8: multiply by the experts' weights in FP8.
 
     Returns:
       `[b, t, hidden]` and the layer's statistics.
     """
     routing = route(p.gate, x, config)
+    placement, spec = None, PartitionSpec()
+    if mesh is not None and mesh.shape[EXPERT] > 1:
+        placement = Placement.uniform(config.n_routed_experts, mesh.shape[EXPERT])
+        spec = PartitionSpec(EXPERT)
 
     def routed(p, x, topk_idx, topk_weights):
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, topk_idx, topk_weights)]
-        return routed_experts(p, *flat, config, fp8=fp8).reshape(x.shape)
+        return routed_experts(p, *flat, config, fp8=fp8, placement=placement).reshape(x.shape)
 
-    out = on_own_batch(routed, mesh)(p.experts, x, routing.topk_idx, routing.topk_weights)
+    out = on_own_batch(routed, mesh, spec)(p.experts, x, routing.topk_idx, routing.topk_weights)
     if config.n_shared_experts:
         with jax.named_scope("shared_experts"):
             shared = on_own_batch(functools.partial(mlp, fp8=fp8), mesh if fp8 else None)

@@ -1,8 +1,8 @@
 """One table of shardings, from parameter path to PartitionSpec.
 
 Training, weights, checkpoints and generation read it. Matrices are cut along their output over
-`fsdp`; XLA gathers them where they are used. The optimiser's moments end in the same path as
-their parameter, so they are cut alike.
+`fsdp`; XLA gathers them where they are used. Experts are shared out over `expert`, and stay where
+they are. The optimiser's moments end in the same path as their parameter, so they are cut alike.
 """
 
 import math
@@ -13,13 +13,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from whalejax.parallel.mesh import BATCH_AXES, FSDP
+from whalejax.parallel.mesh import BATCH_AXES, EXPERT, FSDP
 
 # first match wins; specs count from the last axis, so that stacked layers need no rule of their own
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(embed_tokens|lm_head)$", (None, FSDP)),
     (r"(layernorm|norm|enorm|hnorm|e_score_correction_bias)$", ()),
     (r"gate\.weight$", ()),
+    (r"\.experts\.\w+_proj(\.values|\.scales)?$", (EXPERT, FSDP, None)),
     (r"_(proj|proj_with_mqa)(\.values|\.scales)?$", (FSDP, None)),
 )
 
@@ -27,20 +28,18 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """How the parameter (or moment) at `path` is cut over `mesh`.
 
-    An axis that does not divide its dimension is left out: that parameter is replicated.
+    An axis that does not divide its dimension is left out: that dimension is not cut.
 
     Args:
       path: names joined by dots, `moe_layers.self_attn.o_proj`.
       shape: of the parameter.
-      mesh: its `fsdp` axis counts; others do not cut parameters.
+      mesh: its `fsdp` and `expert` axes count; others do not cut parameters.
     """
     for pattern, spec in RULES:
         if re.search(pattern, path):
             axes = (None,) * (len(shape) - len(spec)) + spec[-len(shape) :]
-            fits = all(
-                a is None or s % mesh.shape[a] == 0 for a, s in zip(axes, shape, strict=True)
-            )
-            return PartitionSpec(*axes) if fits else PartitionSpec()
+            sized = zip(axes, shape, strict=True)
+            return PartitionSpec(*(a if a and s % mesh.shape[a] == 0 else None for a, s in sized))
     return PartitionSpec()
 
 
@@ -64,7 +63,9 @@ def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
 
 
-def on_own_batch(f: Callable, mesh: Mesh | None) -> Callable:
+def on_own_batch(
+    f: Callable, mesh: Mesh | None, weights: PartitionSpec = PartitionSpec()
+) -> Callable:
     """`f(p, *arrays)`, each device working on its own part of the batch.
 
     XLA cuts its own operations over a mesh by itself, but no kernel: it would gather all operands
@@ -74,6 +75,7 @@ def on_own_batch(f: Callable, mesh: Mesh | None) -> Callable:
       f: gives arrays `[b, ...]`, from a pytree of weights, one array `[b, ...]`, and others
         `[b, ...]`, or `[1, ...]` and shared by all sequences.
       mesh: over whose `BATCH_AXES` the batch is cut; None, or of one device, for f itself.
+      weights: how those are cut that f has; whole by default.
 
     Raises:
       ValueError: when it is called with a batch that the mesh does not divide; prints both.
@@ -81,16 +83,17 @@ def on_own_batch(f: Callable, mesh: Mesh | None) -> Callable:
     if mesh is None or mesh.size == 1:
         return f
     batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+    shared = tuple(axis for axis in BATCH_AXES if axis not in weights)
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
     def local(p, *arrays):
-        return f(jax.lax.pcast(p, BATCH_AXES, to="varying"), *arrays)
+        return f(jax.lax.pcast(p, shared, to="varying"), *arrays)
 
     def call(p, x, *others):
         if x.shape[0] % parts:
             raise ValueError(f"a batch of {x.shape[0]} must be a multiple of {parts} devices")
         specs = jax.tree.map(lambda a: batch if a.shape[0] > 1 else whole, others)
-        placed = jax.shard_map(local, mesh=mesh, in_specs=(whole, batch, *specs), out_specs=batch)
+        placed = jax.shard_map(local, mesh=mesh, in_specs=(weights, batch, *specs), out_specs=batch)
         return placed(p, x, *others)
 
     return call

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from whalejax.model.config import ModelConfig
 from whalejax.model.decoder import Execution
 from whalejax.model.linear import PRECISIONS
 from whalejax.model.sharding import batch_sharding
-from whalejax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
+from whalejax.parallel.mesh import BATCH_AXES, EXPERT, MeshConfig, make_mesh
 from whalejax.presets import preset
 from whalejax.progress import progress, stage
 from whalejax.tokenizer import ByteTokenizer, Tokenizer, load
@@ -71,7 +72,8 @@ class TrainConfig:
       stop_at: step at which to stop early, as if interrupted.
       export: write the final weights to `model/`.
       seed: of weights and data order.
-      loss, optimizer, mesh: their own settings.
+      mesh: devices along each axis, such as data=2,expert=4.
+      loss, optimizer: their own settings.
     """
 
     out: Path = Path("runs/train")
@@ -161,11 +163,16 @@ def prepare(config: TrainConfig) -> Prepared:
             f"{model.vocab_size}"
         )
     mesh = make_mesh(config.mesh)
-    shards = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if config.batch_size // config.accumulate % shards:
         raise ValueError(
             f"batch_size={config.batch_size} over accumulate={config.accumulate} must be a "
             f"multiple of the {shards} devices that share a microbatch"
+        )
+    if model.moe is not None and model.moe.n_routed_experts % mesh.shape[EXPERT]:
+        raise ValueError(
+            f"n_routed_experts={model.moe.n_routed_experts} must be a multiple of "
+            f"expert={mesh.shape[EXPERT]} of the mesh"
         )
     if config.data is None:
         corpus = corpora.standard_library()
