@@ -9,5 +9,25 @@ from whalejax.parallel.expert.dispatching import (
     layout,
 )
 from whalejax.parallel.expert.placement import Placement
+from whalejax.parallel.expert.traffic_model import (
+    Topology,
+    Traffic,
+    predicted_us,
+    row_bytes,
+    traffic,
+)
 
-__all__ = ["Dispatched", "Handle", "Layout", "Placement", "combine", "dispatch", "layout"]
+__all__ = [
+    "Dispatched",
+    "Handle",
+    "Layout",
+    "Placement",
+    "Topology",
+    "Traffic",
+    "combine",
+    "dispatch",
+    "layout",
+    "predicted_us",
+    "row_bytes",
+    "traffic",
+]
