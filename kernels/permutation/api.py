@@ -36,6 +36,7 @@ def plan_permutation(
     *,
     alignment: int = 128,
     capacity: int | None = None,
+    max_rows: int | None = None,
 ) -> Permutation:
     """Lays the choices of all tokens out by expert.
 
@@ -45,17 +46,21 @@ def plan_permutation(
       alignment: every expert's rows start on a multiple of this.
       capacity: rows of every expert, no more and no less, in place of an alignment; an expert's
         last choices that are too many have none, and are counted.
+      max_rows: at most so many rows in all, rounded up to the alignment; choices past them have
+        none, and are counted.
 
     Returns:
-      A `Permutation` whose number of rows is static: enough for any choice without a capacity.
+      A `Permutation` whose number of rows is static: enough for any choice without a limit.
 
     Raises:
       ValueError: `topk_idx` is not of two axes, or a number is not positive.
     """
-    if topk_idx.ndim != 2 or min(num_experts, alignment, capacity or 1) < 1 or capacity == 0:
+    limits = [limit for limit in (capacity, max_rows) if limit is not None]
+    if topk_idx.ndim != 2 or min(num_experts, alignment, *limits) < 1 or len(limits) > 1:
         raise ValueError(
             f"plan_permutation: topk_idx.shape={topk_idx.shape} must be [tokens, k], "
-            f"num_experts={num_experts}, alignment={alignment} and capacity={capacity} positive"
+            f"num_experts={num_experts}, alignment={alignment}, and capacity={capacity} or "
+            f"max_rows={max_rows} positive, not both"
         )
     choices = topk_idx.size
     expert = jnp.where(topk_idx < 0, num_experts, topk_idx).reshape(-1).astype(jnp.int32)
@@ -66,8 +71,10 @@ def plan_permutation(
     first = exclusive_cumsum(sizes)
     at = jnp.minimum(expert, num_experts - 1)
     if capacity is None:
-        rows, kept = num_rows(choices, num_experts, alignment), sizes
+        rows = num_rows(choices, num_experts, alignment)
+        rows = min(rows, -(-(max_rows or rows) // alignment) * alignment)
         first_row = exclusive_cumsum(aligned(sizes, alignment))
+        kept = jnp.clip(rows - first_row, 0, sizes)
         row_expert = group_of_tiles(sizes, rows // alignment, alignment).repeat(alignment)
     else:
         rows, kept = num_experts * capacity, jnp.minimum(sizes, capacity)

@@ -57,7 +57,7 @@ class Dispatched(NamedTuple):
       group_sizes: `i32[slots_per_rank]`, tokens of each slot.
       handle: for `combine`.
       overflow: `i32[]`, copies of tokens that found no place on this rank: on their way from it,
-        or, with `max_tokens`, in the rows of its slots. 0 where nothing limits them.
+        or in the rows of its slots. 0 where nothing limits them.
     """
 
     tokens: jax.Array
@@ -97,6 +97,7 @@ def dispatch(
     handle: Handle | None = None,
     method: str | None = None,
     alignment: int = 128,
+    max_rows: int | None = None,
     max_tokens: int | None = None,
 ) -> Dispatched:
     """Sends each token to the ranks of its experts, once to each, and sorts what arrives.
@@ -118,7 +119,10 @@ def dispatch(
         `topk_weights`.
       method: `"all_to_all"`, the default, or `"all_gather"`, which sends all to all, for few ranks.
       alignment: every slot's rows start on a multiple of this.
-      max_tokens: rows of every slot, for decoding: `[slots, max_tokens, H]`.
+      max_rows: rows for all slots of a rank together; enough for any choice if None, which is k
+        times what is sent, so that a balanced load wants a limit of its own. What is too much is
+        left out, and counted.
+      max_tokens: instead, rows of every slot, for decoding: `[slots, max_tokens, H]`.
 
     Raises:
       ValueError: shapes, axis, placement or method do not fit; prints them.
@@ -143,6 +147,7 @@ def dispatch(
             placement.slots_per_rank,
             alignment=alignment,
             capacity=max_tokens,
+            max_rows=max_rows,
         )
         handle = Handle(hops, local, weights, axes)
     else:

@@ -80,6 +80,17 @@ def test_a_capacity_gives_every_expert_its_rows_and_counts_what_is_too_much():
     np.testing.assert_array_equal(back[:, 0], [2, 1, 1])
 
 
+def test_rows_past_the_most_are_left_out_and_counted():
+    idx = jnp.array([[1, 0], [1, 2], [1, 0]], jnp.int32)
+    plan = plan_permutation(idx, 3, alignment=2, max_rows=5)  # 2 of expert 0, then 3 + 1 of 1
+    assert plan.source.shape == (6,) and plan.overflow == 1
+    np.testing.assert_array_equal(plan.group_sizes, [2, 3, 0])
+    back = unpermute(permute(jnp.ones((3, 1)), plan), None, plan)
+    np.testing.assert_array_equal(back[:, 0], [2, 1, 2])
+    exact = plan_permutation(idx, 3, alignment=2, max_rows=1000)
+    jax.tree.map(np.testing.assert_array_equal, exact, plan_permutation(idx, 3, alignment=2))
+
+
 def test_gradients_without_weights_equal_those_with_ones():
     idx = jnp.asarray(choose(9, 2, 4, 5))
     plan = plan_permutation(idx, 4, alignment=8)
@@ -123,5 +134,7 @@ def test_impossible_plans_are_refused():
         plan_permutation(jnp.zeros(3, jnp.int32), 4)
     with pytest.raises(ValueError, match="capacity=0"):
         plan_permutation(jnp.zeros((3, 1), jnp.int32), 4, capacity=0)
+    with pytest.raises(ValueError, match="capacity=4 or max_rows=8 positive, not both"):
+        plan_permutation(jnp.zeros((3, 1), jnp.int32), 4, capacity=4, max_rows=8)
     with pytest.raises(ValueError, match="num_experts=0"):
         plan_permutation(jnp.zeros((3, 1), jnp.int32), 0)

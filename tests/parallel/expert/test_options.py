@@ -66,6 +66,19 @@ def test_what_does_not_fit_is_left_out_and_counted():
     np.testing.assert_allclose(got, np.where(kept[:, None], 2 * x, 0), rtol=1e-6)
 
 
+def test_rows_can_be_limited_and_what_is_too_much_is_counted():
+    x, idx, weights = draw()
+
+    def count(x, idx, weights):
+        sent = send(x, jnp.full_like(idx, -1).at[:, 0].set(4), weights, alignment=4, max_rows=10)
+        return sent.tokens, sent.group_sizes, sent.overflow[None]
+
+    tokens, sizes, overflow = over_ranks(count)(x, idx, weights)
+    assert tokens.shape == (RANKS * 12, H)
+    np.testing.assert_array_equal(sizes, [0, 0, 0, 0, 12, 0, 0, 0])
+    np.testing.assert_array_equal(overflow, [0, 0, RANKS * T - 12, 0])
+
+
 def test_decoding_has_fixed_rows_of_every_expert():
     x, idx, weights = draw()
 
