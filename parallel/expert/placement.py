@@ -90,5 +90,7 @@ class Placement:
         """
         expert = jnp.maximum(topk_idx, 0)
         turn = jnp.arange(topk_idx.shape[0], dtype=jnp.int32)[:, None] + salt
-        slot = self.logical_to_physical[expert, turn % self.counts[expert]]
+        # arrays of a host's plan may be NumPy's
+        slots, counts = jnp.asarray(self.logical_to_physical), jnp.asarray(self.counts)
+        slot = slots[expert, turn % counts[expert]]
         return jnp.where(topk_idx < 0, -1, slot).astype(jnp.int32)

@@ -134,16 +134,24 @@ def test_an_fp8_model_decodes_what_its_forward_pass_says(model):
     assert not any(isinstance(x, QuantizedArray) for x in jax.tree.leaves(weights))
 
 
-def over_four_devices(execution):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+def over_four_devices(execution, config=MeshConfig(data=2, fsdp=2)):
+    mesh = make_mesh(config, jax.devices()[:4])
     return dataclasses.replace(execution, mesh=mesh)
 
 
-@pytest.mark.parametrize("batch", [4, 8])
-def test_devices_that_share_the_batch_give_what_one_gives(model, batch):
+@pytest.mark.parametrize(
+    ("batch", "mesh"),
+    [
+        (4, MeshConfig(data=2, fsdp=2)),
+        (8, MeshConfig(data=2, fsdp=2)),
+        (4, MeshConfig(data=2, expert=2)),
+    ],
+    ids=str,
+)
+def test_devices_that_share_the_batch_give_what_one_gives(model, batch, mesh):
     tokens = jax.random.randint(jax.random.key(2), (batch, 24), 0, MODEL.vocab_size)
     results = []
-    for execution in (FP8, over_four_devices(FP8)):
+    for execution in (FP8, over_four_devices(FP8, mesh)):
         loss, params = loss_of(model, tokens, execution)
         if execution.mesh is not None:
             params = jax.device_put(params, shardings(params, execution.mesh))

@@ -52,16 +52,18 @@ def moe(x, idx, weights, w, *, placement, way, **options):
     starts = jnp.cumsum(-(-sent.group_sizes // 4) * 4)
     slot = jnp.sum(jnp.arange(sent.tokens.shape[0])[:, None] >= starts[None], axis=1)
     rank = jax.lax.axis_index(way["axis"])
-    own = jax.lax.dynamic_slice_in_dim(placement.physical_to_logical, rank * slots, slots)
+    own = jax.lax.dynamic_slice_in_dim(
+        jnp.asarray(placement.physical_to_logical), rank * slots, slots
+    )
     y = jnp.einsum("rh,rhg->rg", sent.tokens, w[own][jnp.minimum(slot, slots - 1)])
     return combine(jnp.tanh(y), sent.handle), sent.overflow[None]
 
 
-def over_ranks(f, way, ranks, check_vma=True):
+def over_ranks(f, way, ranks, check_vma=True, mesh=None):
     """f on every rank: arrays of tokens are cut, all others whole."""
     axes = PartitionSpec(way["axis"])
     specs = (axes, axes, axes, PartitionSpec())
-    mesh = mesh_of(way["axis"], ranks)
+    mesh = mesh or mesh_of(way["axis"], ranks)
     return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=axes, check_vma=check_vma)
 
 

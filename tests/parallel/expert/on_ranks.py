@@ -1,0 +1,68 @@
+"""Dispatch and combine on ranks that are processes of their own, against one device.
+
+`python on_ranks.py RANK RANKS PORT` for every rank: over gloo on CPUs, or over NCCL, for which one
+GPU is enough (`NCCL_HOSTID` another for each rank, `NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1`,
+`JAX_PLATFORMS=cuda,cpu`, `XLA_PYTHON_CLIENT_PREALLOCATE=false`). Rank 0 prints a JSON line a case.
+"""
+
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import test_dispatching as cases
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def mesh_of(axis, ranks):
+    names = (axis,) if isinstance(axis, str) else axis
+    shape = (ranks,) if len(names) == 1 else (2, ranks // 2)
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def on_cpu(f, *arguments):
+    """What f gives on a CPU of this process."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return jax.tree.map(np.asarray, f(*arguments))
+
+
+def compare(way, kind, ranks):
+    """Largest errors of the output and of the gradients."""
+    x, idx, weights, w, target = host = on_cpu(cases.draw, kind, ranks)
+    axis = cases.WAYS[way]["axis"]
+    placement = on_cpu(cases.placement_of, "replicated", ranks)
+    moe = functools.partial(cases.moe, placement=placement, way=cases.WAYS[way])
+    f = cases.over_ranks(moe, cases.WAYS[way], ranks, mesh=mesh_of(axis, ranks))
+    whole = NamedSharding(mesh_of(axis, ranks), PartitionSpec())
+
+    def loss(x, weights, w, idx, target):
+        out, overflow = f(x, idx, weights, w)
+        return jnp.sum(out * target), (out, overflow)
+
+    step = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    arguments = [jax.device_put(a, whole) for a in (x, weights, w, idx, target)]
+    results = jax.jit(step, out_shardings=whole)(*arguments)
+    grads, (out, overflow) = jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), results)
+    assert not overflow.any()
+    wanted = on_cpu(lambda: cases.gradients(cases.one_device, list(map(jnp.asarray, host))))
+    gradient_error = max(np.abs(a - b).max() for a, b in zip(grads, wanted, strict=True))
+    return np.abs(out - cases.dense(x, idx, weights, w)).max(), gradient_error
+
+
+def main(rank, ranks, port):
+    jax.distributed.initialize(f"127.0.0.1:{port}", ranks, rank)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    for way in cases.WAYS:
+        for kind in ("all chosen", "some unselected", "all to one"):
+            error, gradient_error = compare(way, kind, ranks)
+            row = {"ranks": ranks, "method": way, "choices": kind}
+            row |= {"error": float(error), "gradient_error": float(gradient_error)}
+            if rank == 0:
+                print(json.dumps(row | {"platform": jax.devices()[0].platform}), flush=True)
+            assert error < 1e-5 and gradient_error < 1e-4
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
