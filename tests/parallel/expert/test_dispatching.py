@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from whalejax.parallel.eplb import rebalance_experts
 from whalejax.parallel.expert import Placement, combine, dispatch
 
 T, H, K, E = 12, 16, 3, 8
@@ -80,6 +81,10 @@ def dense(x, idx, weights, w):
 def placement_of(name, ranks):
     if name == "uniform":
         return Placement.uniform(E, ranks)
+    if name == "planned":
+        load = np.arange(1.0, E + 1)[None]
+        plan = rebalance_experts(load, 2 * E, 1, 1, ranks, method="whale")
+        return Placement.from_eplb(plan.physical_to_logical[0], ranks)
     slots = np.concatenate([np.arange(E), [5, 5, 0, 3, 5, 1, 2, 5]])
     return Placement.from_eplb(np.random.default_rng(1).permutation(slots), ranks)
 
@@ -100,7 +105,7 @@ def one_device(x, idx, weights, w):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ranks", [4, 8])
-@pytest.mark.parametrize("replicas", ["uniform", "replicated"])
+@pytest.mark.parametrize("replicas", ["uniform", "replicated", "planned"])
 @pytest.mark.parametrize("kind", ["all chosen", "some unselected", "all to one"])
 def test_equals_every_tokens_own_experts(way, ranks, replicas, kind):
     arrays = draw(kind, ranks)
