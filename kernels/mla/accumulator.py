@@ -19,8 +19,8 @@ SMALLEST = 1e-30  # largest number of a row that is stored in units of it: other
 class Accumulator(Warpgroup):
     """Sums half of the columns of the output.
 
-    It says which places it has read; see `LoadingAccumulator` and `FedAccumulator` for who fills
-    them. `steps`, where it is the one that loads, are those that are loaded next.
+    How places are filled that it has read, `LoadingAccumulator` and `ConvertingAccumulator` say;
+    `steps`, where it is the one that loads, are those that are loaded next.
     """
 
     def __init__(self, p, refs, worker, tile, side: jax.Array):
@@ -42,8 +42,8 @@ class Accumulator(Warpgroup):
             start = g + 1, steps, self.zeros()
             g, steps, acc = lax.fori_loop(own.first, own.last, self.block(own), start)
             # through the slot that was read last, and is filled again only now
-            self.store(sequence, own, acc, self.slot(g - 1))
             last = g - 1
+            self.store(sequence, own, acc, self.slot(last))
             return g, self.supply(last, steps, self.look_ahead(steps, last))
 
         lax.fori_loop(self.begin[0], self.stop, piece, (0, self.start()))

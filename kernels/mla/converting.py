@@ -16,12 +16,16 @@ from whalejax.kernels.mla.worker import F32
 
 TILE = 128  # columns that share a scale
 AT_A_TIME = 4  # steps that accumulators are told
-LAST_ROW = 5  # of `FACTORS`, where they are
+
+
+def place_of(refs, g):
+    """Where the g-th step is told: in the last row of `FACTORS`, as bits of a float."""
+    return refs.FACTORS.shape[0] - 1, lax.rem(g, AT_A_TIME)
 
 
 def told(refs, g):
-    """The g-th step, as the scorer wrote it down."""
-    return lax.bitcast_convert_type(refs.FACTORS[LAST_ROW, lax.rem(g, AT_A_TIME)], jnp.int32)
+    """The g-th step, as the scorer told it."""
+    return lax.bitcast_convert_type(refs.FACTORS[place_of(refs, g)], jnp.int32)
 
 
 class LoadingScorer(Scorer):
@@ -43,8 +47,8 @@ class LoadingScorer(Scorer):
         return self.next_step(cursor)
 
     def tell(self, g, step):
-        """Writes down the g-th step, as bits of a float."""
-        self.refs.FACTORS[LAST_ROW, lax.rem(g, AT_A_TIME)] = lax.bitcast_convert_type(step, F32)
+        """Tells accumulators the g-th step."""
+        self.refs.FACTORS[place_of(self.refs, g)] = lax.bitcast_convert_type(step, F32)
 
     def feed(self, g, after_block):
         """Loads the g-th step's rotary part, in whose place are weights of the step before last."""

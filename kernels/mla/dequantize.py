@@ -1,10 +1,10 @@
 """Turns half of a block's values from FP8 into what the tensor core multiplies, in SMEM.
 
-Hopper's own conversions from and to FP8 and bfloat16 take several times as long as other
-instructions, so this places bits instead. An E4M3 number whose sign, exponent and mantissa lie
-where another format has them is that format's number, but for the bias of its exponent, which a
-product repairs. A thread converts a row's columns of one scale, 16 at a time, and as the rows of
-eight threads in turn differ, so do the banks of SMEM that they reach.
+Accumulators leave few registers, and what does not fit goes through memory. So a thread converts
+a row's columns of one scale, 16 at a time; as the rows of eight threads in turn differ, so do the
+banks of SMEM that they reach. Bits are placed, without a float32 in between: an E4M3 number whose
+sign, exponent and mantissa lie where another format has them is that format's number, but for the
+bias of its exponent, which a product repairs.
 """
 
 import dataclasses

@@ -109,7 +109,8 @@ class Refs(NamedTuple):
         its rotary part, a left operand.
       Q: queries that find no room in registers: the last 64 columns of values, the rotary part.
       FACTORS: of rows: what each block scales the output with, by slot; of pieces, 1 / sum, each
-        for as long as a slot; a logarithm on its way out; in FP8, steps that the scorer tells.
+        for as long as a slot; a logarithm on its way out; and in FP8 in the last row steps
+        that the scorer tells.
     """
 
     bounds: Any

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from whalejax.parallel.eplb.published import as_before, heaviest_first
+
 
 def pack_apart(weight: np.ndarray, owner: np.ndarray, owners: int, packs: int) -> np.ndarray:
     """Places items, heaviest first, into the lightest pack that neither is full nor has the owner.
@@ -21,8 +23,7 @@ def pack_apart(weight: np.ndarray, owner: np.ndarray, owners: int, packs: int) -
     capacity = items // packs
     if capacity == 1:
         return np.broadcast_to(np.arange(items), weight.shape).copy()
-    order = np.argsort(-weight, axis=1, kind="stable")
-    weight = np.ascontiguousarray(np.take_along_axis(weight, order, axis=1).T)
+    order, weight = heaviest_first(weight)
     owner = np.ascontiguousarray(np.take_along_axis(owner, order, axis=1).T)
     row = np.arange(rows)
     first = row * packs
@@ -44,9 +45,7 @@ def pack_apart(weight: np.ndarray, owner: np.ndarray, owners: int, packs: int) -
         flat[at] = np.where(rank + 1 < capacity, flat[at] + weight[item, row], np.inf)
         place[item, row] = lightest * capacity + rank
         taken[row, owner[item, row], lightest] = np.inf
-    unsorted = np.empty((rows, items), np.int64)
-    np.put_along_axis(unsorted, order, place.T, axis=1)
-    return unsorted
+    return as_before(place, order)
 
 
 def _make_way(item, pack, pack_of, owner, taken):

@@ -101,8 +101,7 @@ def pack(weight: np.ndarray, packs: int) -> np.ndarray:
     capacity = items // packs
     if capacity == 1:
         return np.broadcast_to(np.arange(items), weight.shape).copy()
-    order = np.argsort(-weight, axis=1, kind="stable")
-    in_order = np.ascontiguousarray(np.take_along_axis(weight, order, axis=1).T)
+    order, in_order = heaviest_first(weight)
     first = np.arange(rows) * packs
     total = np.zeros((rows, packs), weight.dtype)  # infinite where a pack is full
     flat, filled = total.reshape(-1), np.zeros(rows * packs, np.int64)
@@ -114,6 +113,17 @@ def pack(weight: np.ndarray, packs: int) -> np.ndarray:
         filled[at] = rank + 1
         flat[at] = np.where(rank + 1 < capacity, flat[at] + in_order[i], np.inf)
         place[i] = lightest * capacity + rank
-    unsorted = np.empty((rows, items), np.int64)
+    return as_before(place, order)
+
+
+def heaviest_first(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Orders `int[rows, items]` of falling weights, ties as they are; and these, turned."""
+    order = np.argsort(-weight, axis=1, kind="stable")
+    return order, np.ascontiguousarray(np.take_along_axis(weight, order, axis=1).T)
+
+
+def as_before(place: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """`int[rows, items]` in the items' own order, of `int[items, rows]` in another."""
+    unsorted = np.empty(order.shape, np.int64)
     np.put_along_axis(unsorted, order, place.T, axis=1)
     return unsorted

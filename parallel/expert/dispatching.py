@@ -131,7 +131,11 @@ def dispatch(
     Source: DeepEP (github.com/deepseek-ai/DeepEP), DeepSeek-V3 (arXiv 2412.19437), section 3.2.2.
     """
     axes, sizes = _axes(axis, placement)
-    _check(x, topk_idx, topk_weights, handle, method, quantize, capacity)
+    _check_options(method, quantize, capacity)
+    if handle is None:
+        _check_shapes(x, topk_idx, topk_weights)
+    else:
+        _check_handle(x, topk_idx, topk_weights, axes, handle)
     payload = _payload(x, quantize)
     if handle is None:
         slots = placement.slots_of(topk_idx, lax.axis_index(axes))
@@ -278,15 +282,30 @@ def _axes(axis, placement):
     return axes, sizes
 
 
-def _check(x, topk_idx, topk_weights, handle, method, quantized, capacity):
+def _check_options(method, quantized, capacity):
     if method is not None and method not in METHODS:
         raise ValueError(f"dispatch: method={method!r} is unknown; choose from {METHODS}")
     if quantized not in (None, "fp8"):
         raise ValueError(f"dispatch: quantize={quantized!r} must be None or 'fp8'")
     if capacity is not None and capacity < 1:
         raise ValueError(f"dispatch: capacity={capacity} must be positive")
-    if handle is not None:
-        return
+
+
+def _check_handle(x, topk_idx, topk_weights, axes, handle):
+    """Else tokens that a handle does not know would be zeros, and others left out."""
+    if topk_idx is not None or topk_weights is not None:
+        raise ValueError("dispatch: a handle stands for topk_idx and topk_weights: pass None")
+    first = handle.hops[0] if handle.hops else handle.local
+    ranks = 1 if handle.hops else lax.axis_size(handle.axes)
+    tokens = first.row_of.shape[0] // ranks
+    if axes != handle.axes or x.ndim != 2 or x.shape[0] != tokens:
+        raise ValueError(
+            f"dispatch: x.shape={x.shape} over axes {axes} must be [T, H] with T={tokens} over "
+            f"{handle.axes}, as the handle's"
+        )
+
+
+def _check_shapes(x, topk_idx, topk_weights):
     shapes = [None if a is None else a.shape for a in (topk_idx, topk_weights)]
     if x.ndim != 2 or shapes[0] != shapes[1] or shapes[0] is None or len(shapes[0]) != 2:
         raise ValueError(

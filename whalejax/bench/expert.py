@@ -106,7 +106,10 @@ def there_and_back(
 
 
 def predictions(sizes: Sizes) -> list[str]:
-    """Lines of the model's bandwidths beside DeepEP's, counted as it counts: own node included."""
+    """Lines of the model's bandwidths beside DeepEP's.
+
+    Rows are counted as it counts: over the network, or of one node over links, what stays included.
+    """
     lines = []
     for setting in DEEPEP:
         machine = Topology(
@@ -117,15 +120,14 @@ def predictions(sizes: Sizes) -> list[str]:
         )
         topk = limited_choices(machine, sizes)
         placement = Placement.uniform(sizes.experts, setting.ranks)
-        nodes = topk // (sizes.experts // machine.num_nodes)
-        distinct = np.mean([len(set(choice)) for choice in nodes[0]])
+        units = machine.num_nodes if machine.num_nodes > 1 else setting.ranks
+        reached = np.sort(topk // (sizes.experts // units), axis=2)
+        copies = 1 + np.mean(np.sum(np.diff(reached, axis=2) > 0, axis=2))  # of a token
         for op, quantized in (("dispatch", True), ("combine", False)):
             bytes_ = row_bytes(sizes.hidden, sizes.k, quantized=quantized)
             counted = traffic(topk, placement, machine, row_bytes=bytes_)
             us = predicted_us(counted, machine)
-            if machine.num_nodes == 1:  # received over links, what stays included
-                distinct = counted.links.sum() / setting.ranks / sizes.tokens * 8 / 7
-            gbs = sizes.tokens * distinct * bytes_ / us / 1e3
+            gbs = sizes.tokens * copies * bytes_ / us / 1e3
             lines.append(
                 f"EP{setting.ranks:<4}{op:<9} model {us:7.0f} us {gbs:6.0f} GB/s   DeepEP's "
                 f"{getattr(setting, op):.0f} GB/s"

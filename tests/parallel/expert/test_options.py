@@ -249,5 +249,15 @@ def test_bad_shapes_are_refused_when_traced():
         over_ranks(lambda *a: send(*a).tokens)(x, idx, weights[:, :1])
     with pytest.raises(ValueError, match=r"x.shape=\(6, 256\) and topk_idx.shape=\(3, 2\) differ"):
         over_ranks(lambda *a: send(*a).tokens)(x, idx[::2], weights[::2])
+    with pytest.raises(ValueError, match=r"x.shape=\(3, 256\) over axes .* with T=6"):
+        over_ranks(lambda *a: send(x[:3], None, None, handle=send(*a).handle).tokens)(
+            x, idx, weights
+        )
+    with pytest.raises(ValueError, match=r"x.shape=\(3, 256\) over axes .* with T=6"):
+        over_ranks(
+            lambda *a: send(x[:3], None, None, handle=send(*a, method="all_gather").handle).tokens
+        )(x, idx, weights)
+    with pytest.raises(ValueError, match="a handle stands for topk_idx and topk_weights"):
+        over_ranks(lambda *a: send(*a, handle=send(*a).handle).tokens)(x, idx, weights)
     with pytest.raises(ValueError, match="y has 3 rows, but its handle is of"):
         over_ranks(lambda *a: combine(jnp.ones((3, H)), send(*a).handle))(x, idx, weights)
