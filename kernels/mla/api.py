@@ -68,6 +68,8 @@ def mla_decode(
 
     Source: FlashMLA's interface; the absorbed form is DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
+    if isinstance(kv_pages, FP8Pages):
+        kv_pages.check("mla_decode")
     if q.ndim != 4 or len(kv_pages.shape) != 3 or q.shape[3] != kv_pages.shape[2]:
         raise ValueError(
             f"mla_decode: q.shape={q.shape} must be [b, s_q, h_q, d] and "
@@ -95,6 +97,11 @@ def mla_decode(
             f"mla_decode: v_dim={v_dim} must be the width of "
             f"kv_pages.latent.shape={kv_pages.latent.shape}"
         )
+    if plan is not None and plan.pieces.shape[0] != batch:
+        raise ValueError(
+            f"mla_decode: the plan is for {plan.pieces.shape[0]} sequences, q.shape={q.shape} has "
+            f"{batch}"
+        )
     q, kv_pages = _without_gradient((q, kv_pages))
     arrays = q, kv_pages, page_table, lengths, plan
     return run("mla_decode", BACKENDS, implementation, arrays, v_dim, scale, causal)
@@ -121,6 +128,8 @@ def append(
     Raises:
       ValueError: shapes do not fit; prints them.
     """
+    if isinstance(kv_pages, FP8Pages):
+        kv_pages.check("append")
     if latent.shape[:2] != positions.shape or latent.shape[2] != kv_pages.shape[2]:
         raise ValueError(
             f"append: latent.shape={latent.shape} must be [b, s, d] for "

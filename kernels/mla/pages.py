@@ -35,6 +35,24 @@ class FP8Pages:
         """Dtype of the queries that it is read with, that of its rotary parts."""
         return self.rope.dtype
 
+    def check(self, op: str) -> None:
+        """Checks that the arrays fit together, which a kernel that reads them takes for granted.
+
+        Raises:
+          ValueError: dtypes or shapes do not; prints them.
+        """
+        shapes = self.latent.shape, self.scales.shape, self.rope.shape
+        leading, tiles = shapes[0][:2], -(-shapes[0][-1] // TILE[1])
+        fits = shapes[1] == (*leading, tiles) and shapes[2][:2] == leading
+        dtypes = self.latent.dtype, self.scales.dtype
+        if len(shapes[2]) != 3 or not fits or dtypes != (jnp.float8_e4m3fn, jnp.float32):
+            raise ValueError(
+                f"{op}: FP8Pages of latent {dtypes[0]}{list(shapes[0])}, scales {dtypes[1]}"
+                f"{list(shapes[1])} and rope {list(shapes[2])} must be float8_e4m3fn[pages, "
+                f"page_size, v_dim], float32[pages, page_size, ceil(v_dim / {TILE[1]})] and "
+                f"[pages, page_size, rope]"
+            )
+
     @classmethod
     def zeros(
         cls, shape: tuple[int, int, int], v_dim: int, dtype: jnp.dtype = jnp.bfloat16

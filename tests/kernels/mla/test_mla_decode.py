@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from whalejax.kernels.mla import append, mla_decode
+from whalejax.kernels.mla import append, mla_decode, plan_mla_decode
 from whalejax.kernels.testing import assert_rows_close
 
 PAGE, D, V = 8, 20, 16
@@ -103,6 +103,15 @@ def test_a_named_kernel_says_why_it_cannot_run():
     arguments = q, jnp.zeros((1, 64, 576), jnp.bfloat16), *map(jnp.asarray, ([[0]], [5]))
     with pytest.raises(NotImplementedError, match="needs a CUDA GPU|jax>="):
         mla_decode(*arguments, scale=1.0, implementation="mosaic_gpu")
+
+
+def test_a_plan_for_another_batch_is_refused():
+    plan = plan_mla_decode(jnp.array([3, 4, 5], jnp.int32), workers=2)
+    arrays = jnp.zeros((2, 1, 3, 24)), jnp.zeros((4, 8, 24)), jnp.zeros((2, 2), jnp.int32)
+    with pytest.raises(
+        ValueError, match=r"the plan is for 3 sequences, q.shape=\(2, 1, 3, 24\) has 2"
+    ):
+        mla_decode(*arrays, jnp.array([3, 4], jnp.int32), v_dim=16, scale=1.0, plan=plan)
 
 
 def test_a_gradient_is_refused():

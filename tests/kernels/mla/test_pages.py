@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,26 @@ def test_takes_57_percent_of_a_bfloat16_cache():
     pages = jax.eval_shape(lambda: FP8Pages.zeros((10, 64, 576), 512))
     size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(pages))
     assert size == 10 * 64 * 656 and pages.shape == (10, 64, 576)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"scales": lambda a: a[:3]}, r"scales float32\[3, 8, 2\]"),
+        ({"scales": lambda a: a[..., :1]}, r"scales float32\[4, 8, 1\]"),
+        ({"scales": lambda a: a.astype(jnp.bfloat16)}, r"scales bfloat16\[4, 8, 2\]"),
+        ({"rope": lambda a: a[:2]}, r"rope \[2, 8, 16\]"),
+        ({"latent": lambda a: a.astype(jnp.float32)}, r"latent float32\[4, 8, 160\]"),
+    ],
+    ids=["pages", "tiles", "dtype", "rotary parts", "values"],
+)
+def test_arrays_that_do_not_fit_together_are_refused(wrong, says):
+    pages, _, table, lengths = fill()
+    pages = dataclasses.replace(pages, **{k: f(getattr(pages, k)) for k, f in wrong.items()})
+    with pytest.raises(ValueError, match=f"mla_decode: FP8Pages of .*{says}"):
+        mla_decode(jnp.zeros((2, 1, 3, D)), pages, table, lengths, v_dim=V, scale=1.0)
+    with pytest.raises(ValueError, match=f"append: FP8Pages of .*{says}"):
+        append(pages, jnp.zeros((2, 1, D)), table, jnp.zeros((2, 1), jnp.int32))
 
 
 def test_another_width_of_values_is_refused():
