@@ -18,9 +18,9 @@ def aligned(sizes: jax.Array, alignment: int) -> jax.Array:
     return (sizes + alignment - 1) // alignment * alignment
 
 
-def exclusive_cumsum(sizes: jax.Array) -> jax.Array:
-    """Sum of all sizes before each."""
-    return jnp.cumsum(sizes, dtype=sizes.dtype) - sizes
+def exclusive_cumsum(sizes: jax.Array, axis: int = 0) -> jax.Array:
+    """Sum of all sizes before each along an axis."""
+    return jnp.cumsum(sizes, axis=axis, dtype=sizes.dtype) - sizes
 
 
 def locate(group_sizes: jax.Array, rows: jax.Array, alignment: int) -> tuple[jax.Array, jax.Array]:

@@ -10,18 +10,24 @@ import jax
 import jax.numpy as jnp
 
 from whalejax.kernels.backend import vary_like
-from whalejax.kernels.fp8_gemm.api import WEIGHT_TILE
+from whalejax.kernels.fp8_gemm.api import ACTIVATION_TILE, WEIGHT_TILE
 from whalejax.kernels.fp8_gemm.linear import weights
 from whalejax.kernels.grouped_gemm.fp8 import fp8_grouped_matmul, fp8_grouped_matmul_wgrad
 from whalejax.kernels.groups import ALIGNMENT
-from whalejax.kernels.quantization import quantize, quantize_both
+from whalejax.kernels.quantization import (
+    QuantizedArray,
+    quantize,
+    quantize_both,
+    quantize_transposed,
+)
 
 
 def fp8_grouped_linear(
-    x: jax.Array,
+    x: jax.Array | QuantizedArray,
     w: jax.Array | tuple[jax.Array, ...],
     group_sizes: jax.Array,
     *,
+    carrier: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Multiplies each group of rows by its weight in FP8, with gradients in FP8 too.
@@ -31,26 +37,50 @@ def fp8_grouped_linear(
 
     Args:
       x: `bf16|f32[M, K]`, M a multiple of 128, K of 16. Group g's rows start at the sum of
-        `ceil(size / 128) * 128` over the groups before it; padding may hold anything.
+        `ceil(size / 128) * 128` over the groups before it; padding may hold anything. Or rows that
+        are FP8 already, with tile (1, 128): they are used as they are, and rounded once more, along
+        the tokens, for the weights' gradients.
       w: `bf16|f32[G, N, K]`; N a multiple of 16. Or a tuple of such weights: x is quantised once
         for all of them.
       group_sizes: `i32[G]`, rows of each group without padding.
+      carrier: with FP8 rows `bf16|f32[M, K]`, whose gradient is that of x, in its dtype; its values
+        are not used.
       implementation: of the quantisers and matmuls: `"mosaic_gpu"`, `"xla"` or None for the best.
 
     Returns:
-      `[M, N]` in x's dtype, or a tuple of them; padding rows are zero, and so are their gradients.
+      `[M, N]` in the dtype of x, or of the carrier, or a tuple of them; padding rows are zero, and
+      so are their gradients.
 
     Raises:
       ValueError: shapes or dtypes do not fit; prints them.
       NotImplementedError: the implementation that was named cannot run; says why.
     """
     ws = weights("fp8_grouped_linear", w)
+    quantized = isinstance(x, QuantizedArray)
+    _check_carrier(x, carrier)
     for each in ws:
         _check(x, each)
     # outside of the rule for gradients: what undoes it sums a shared weight's over the devices
-    x, ws = vary_like((x, ws), (x, ws, group_sizes))
-    ys = _linear(x, ws, group_sizes, implementation)
+    x, carrier, ws = vary_like((x, carrier, ws), (x, ws, group_sizes))
+    if quantized:
+        ys = _linear_of_quantized(carrier, x, ws, group_sizes, implementation)
+    else:
+        ys = _linear(x, ws, group_sizes, implementation)
     return ys if isinstance(w, tuple | list) else ys[0]
+
+
+def _check_carrier(x, carrier):
+    shape = None if carrier is None else (carrier.dtype.name, carrier.shape)
+    if isinstance(x, QuantizedArray):
+        if carrier is None or carrier.shape != x.shape or x.tile != ACTIVATION_TILE:
+            raise ValueError(
+                f"fp8_grouped_linear: FP8 rows {x.shape} with tile {x.tile} must have tile "
+                f"{ACTIVATION_TILE} and a carrier of their shape, which is {shape}"
+            )
+    elif carrier is not None:
+        raise ValueError(
+            f"fp8_grouped_linear: carrier {shape} is for FP8 rows, x is {x.dtype}{list(x.shape)}"
+        )
 
 
 def _check(x, w):
@@ -79,10 +109,16 @@ def _multiply(x, w, group_sizes, dtype, implementation):
 
 def _forward(x, ws, group_sizes, implementation):
     x_q, x_t = quantize_both(x, group_sizes=group_sizes, implementation=implementation)
+    ys, kept = _products(x_q, ws, group_sizes, x.dtype, implementation)
+    return ys, (x_t, *kept)
+
+
+def _products(x_q, ws, group_sizes, dtype, implementation):
+    """The outputs, and what of the weights the backward pass needs."""
     both = [quantize_both(w, WEIGHT_TILE, implementation=implementation) for w in ws]
-    ys = tuple(_multiply(x_q, w_q, group_sizes, x.dtype, implementation) for w_q, _ in both)
+    ys = tuple(_multiply(x_q, w_q, group_sizes, dtype, implementation) for w_q, _ in both)
     of_ws = [jnp.zeros((), w.dtype) for w in ws]
-    return ys, (x_t, [w_t for _, w_t in both], group_sizes, of_ws)
+    return ys, ([w_t for _, w_t in both], group_sizes, of_ws)
 
 
 def _backward(implementation, residuals, dys):
@@ -102,3 +138,27 @@ def _backward(implementation, residuals, dys):
 
 
 _linear.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _linear_of_quantized(carrier, x_q, ws, group_sizes, implementation):
+    ws_q = [quantize(w, WEIGHT_TILE, implementation=implementation) for w in ws]
+    return tuple(_multiply(x_q, w_q, group_sizes, carrier.dtype, implementation) for w_q in ws_q)
+
+
+def _forward_of_quantized(carrier, x_q, ws, group_sizes, implementation):
+    ys, kept = _products(x_q, ws, group_sizes, carrier.dtype, implementation)
+    return ys, (x_q, *kept)
+
+
+def _backward_of_quantized(implementation, residuals, dys):
+    x_q, *kept = residuals
+    group_sizes = kept[1]
+    x_t = quantize_transposed(
+        x_q.dequantize(dys[0].dtype), group_sizes=group_sizes, implementation=implementation
+    )
+    dx, dws, _ = _backward(implementation, (x_t, *kept), dys)
+    return dx, None, dws, None
+
+
+_linear_of_quantized.defvjp(_forward_of_quantized, _backward_of_quantized)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from whalejax.kernels.backend import vary_like
 from whalejax.kernels.groups import aligned, exclusive_cumsum, group_of_tiles
 
 
@@ -119,6 +120,29 @@ def _permute_backward(permutation, d_rows):
 
 
 permute.defvjp(_permute_forward, _permute_backward)
+
+
+@jax.custom_vjp
+def carry_gradient(x: jax.Array, permutation: Permutation) -> jax.Array:
+    """Stands for `permute(x, permutation)` in the backward pass alone.
+
+    Rows that were rounded to FP8 have no gradient of their own dtype; this takes it for them.
+
+    Args:
+      x: `[T, H]`, what the rows were rounded from.
+      permutation: that the rows went by.
+
+    Returns:
+      Zeros `[rows, H]` in x's dtype, whose gradient is x's as if they were its rows.
+    """
+    return vary_like(jnp.zeros((permutation.source.shape[0], x.shape[1]), x.dtype), x)
+
+
+def _carry_forward(x, permutation):
+    return carry_gradient(x, permutation), permutation
+
+
+carry_gradient.defvjp(_carry_forward, _permute_backward)
 
 
 @jax.custom_vjp

@@ -8,13 +8,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from whalejax.kernels.permutation import Permutation, permute, plan_permutation, unpermute
-from whalejax.kernels.quantization import quantize
+from whalejax.kernels.permutation import Permutation, num_rows, permute, plan_permutation, unpermute
+from whalejax.kernels.quantization import QuantizedArray
 from whalejax.parallel.expert.exchange import exchange, plan_hop
+from whalejax.parallel.expert.payload import (
+    ROW_TILE,
+    gather,
+    guard,
+    joined,
+    lay_out,
+    payload_of,
+    split,
+)
 from whalejax.parallel.expert.placement import Placement
+from whalejax.parallel.expert.ragged import Limits, RaggedPlan, exchange_ragged, plan_ragged
 
-METHODS = ("all_to_all", "all_gather")
-ROW_TILE = (1, 128)  # of an FP8 row's scales
+METHODS = ("all_to_all", "all_gather", "ragged")
 
 
 class Layout(NamedTuple):
@@ -36,15 +45,18 @@ class Handle:
 
     Attributes:
       hops: plans of what each axis is sent, the first axis first; none if all is gathered.
-      local: of arrived tokens to the rows of this rank's experts.
-      weights: `f32[arrived, k]`, of arrived tokens for this rank's experts.
+      local: of arrived tokens to the rows of this rank's experts, or how ragged rows get there.
+      weights: `f32[arrived, k]`, of arrived tokens for this rank's experts; of ragged rows, which
+        are weighted at home, `f32[T, k]`.
       axes: names of the axes.
+      rows: of this rank's experts.
     """
 
     hops: tuple[Permutation, ...]
-    local: Permutation
+    local: Permutation | RaggedPlan
     weights: jax.Array
     axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    rows: int = dataclasses.field(metadata={"static": True})
 
 
 class Dispatched(NamedTuple):
@@ -54,6 +66,8 @@ class Dispatched(NamedTuple):
       tokens: `[rows, H]`, sorted by slot, each slot's on a multiple of the alignment; or
         `[slots, max_tokens, H]`. In FP8 e4m3. Padding is zero.
       scales: in FP8 `f32[rows, ceil(H / 128)]`, or of each slot, else None.
+      carrier: in FP8 zeros of the tokens' shape and of x's dtype, whose gradient is the tokens':
+        for `fp8_grouped_linear`; else None.
       group_sizes: `i32[slots_per_rank]`, tokens of each slot.
       handle: for `combine`.
       overflow: `i32[]`, copies of tokens that found no place on this rank: on their way from it,
@@ -62,9 +76,16 @@ class Dispatched(NamedTuple):
 
     tokens: jax.Array
     scales: jax.Array | None
+    carrier: jax.Array | None
     group_sizes: jax.Array
     handle: Handle
     overflow: jax.Array
+
+    def rows(self) -> jax.Array | QuantizedArray:
+        """The tokens, with their scales if they are in FP8, as a grouped matmul takes them."""
+        if self.scales is None:
+            return self.tokens
+        return QuantizedArray(self.tokens, self.scales, ROW_TILE)
 
 
 def layout(topk_idx: jax.Array, placement: Placement, *, salt: jax.Array | int = 0) -> Layout:
@@ -114,10 +135,13 @@ def dispatch(
         and is sent on inside it.
       capacity: tokens from one rank to another, over each axis; all if None. Those that are too
         many are left out, and counted.
-      quantize: `"fp8"` to send e4m3 with a scale for each 128 columns, which has no gradient yet.
+      quantize: `"fp8"` to send e4m3 with a scale for each 128 columns; gradients come back in x's
+        dtype.
       handle: of an earlier dispatch of tokens that went the same way, instead of `topk_idx` and
         `topk_weights`.
-      method: `"all_to_all"`, the default, or `"all_gather"`, which sends all to all, for few ranks.
+      method: `"all_to_all"`, the default; `"all_gather"`, which sends all to all, for few ranks; or
+        `"ragged"`, which sends no more rows than there are, but one for each expert of a token,
+        straight to its place: XLA has the collective for GPUs alone, and other devices gather all.
       alignment: every slot's rows start on a multiple of this.
       max_rows: rows for all slots of a rank together; enough for any choice if None, which is k
         times what is sent, so that a balanced load wants a limit of its own. What is too much is
@@ -126,42 +150,30 @@ def dispatch(
 
     Raises:
       ValueError: shapes, axis, placement or method do not fit; prints them.
-      NotImplementedError: a gradient through `quantize="fp8"` is taken.
 
     Source: DeepEP (github.com/deepseek-ai/DeepEP), DeepSeek-V3 (arXiv 2412.19437), section 3.2.2.
     """
     axes, sizes = _axes(axis, placement)
-    _check_options(method, quantize, capacity)
-    if handle is None:
-        _check_shapes(x, topk_idx, topk_weights)
-    else:
+    _check_options(method, quantize, axes, capacity, max_rows, max_tokens)
+    if handle is not None:
         _check_handle(x, topk_idx, topk_weights, axes, handle)
-    payload = _payload(x, quantize)
-    if handle is None:
-        slots = placement.slots_of(topk_idx, lax.axis_index(axes))
-        weights = topk_weights.astype(jnp.float32)
-        send = _gather if method == "all_gather" else _send
-        payload, slots, weights, hops = send(
-            payload, slots, weights, placement, axes, sizes, capacity
-        )
-        local_slots = slots - lax.axis_index(axes) * placement.slots_per_rank
-        here = (local_slots >= 0) & (local_slots < placement.slots_per_rank)
-        local = plan_permutation(
-            jnp.where(here, local_slots, -1),
-            placement.slots_per_rank,
-            alignment=alignment,
-            capacity=max_tokens,
-            max_rows=max_rows,
-        )
-        handle = Handle(hops, local, weights, axes)
+        payload = _resend(payload_of(x, quantize), handle)
     else:
-        payload = _resend(payload, handle)
-    arrived = [permute(part, handle.local) for part in payload]
+        _check_shapes(x, topk_idx, topk_weights)
+        payload, slots = payload_of(x, quantize), placement.slots_of(topk_idx, lax.axis_index(axes))
+        choice = payload, slots, topk_weights.astype(jnp.float32), placement
+        limits = alignment, max_rows, max_tokens
+        if method == "ragged":
+            payload, handle = _send_ragged(*choice, axes[0], capacity, *limits)
+        else:
+            send = _gather if method == "all_gather" else _send
+            payload, *arrived = send(*choice, axes, sizes, capacity)
+            payload, handle = _sort(payload, *arrived, placement, axes, *limits)
     if max_tokens is not None:
-        arrived = [a.reshape(placement.slots_per_rank, max_tokens, -1) for a in arrived]
+        shape = (placement.slots_per_rank, max_tokens, -1)
+        payload = jax.tree.map(lambda a: a.reshape(shape), payload)
     overflow = sum((hop.overflow for hop in handle.hops), handle.local.overflow)
-    tokens, scales = (*arrived, None)[:2]
-    return Dispatched(tokens, scales, handle.local.group_sizes, handle, overflow)
+    return Dispatched(*guard(payload), handle.local.group_sizes, handle, overflow)
 
 
 def combine(y: jax.Array, handle: Handle) -> jax.Array:
@@ -179,40 +191,21 @@ def combine(y: jax.Array, handle: Handle) -> jax.Array:
       ValueError: y is not of the handle's rows; prints both.
     """
     y = y.reshape(-1, y.shape[-1])
-    if y.shape[0] != handle.local.source.shape[0]:
-        raise ValueError(
-            f"combine: y has {y.shape[0]} rows, but its handle is of {handle.local.source.shape[0]}"
-        )
+    if y.shape[0] != handle.rows:
+        raise ValueError(f"combine: y has {y.shape[0]} rows, but its handle is of {handle.rows}")
+    if isinstance(handle.local, RaggedPlan):
+        (hop,), (axis,), plan = handle.hops, handle.axes, handle.local
+        routes = plan.back, plan.there, hop.source.shape[0]
+        ((rows,), _, _) = exchange_ragged((y,), (), (), *routes, axis)
+        return unpermute(rows, handle.weights, hop)
     rows = unpermute(y, handle.weights, handle.local)
     if not handle.hops:
         total = lax.psum_scatter(rows.astype(jnp.float32), handle.axes, tiled=True)
         return total.astype(y.dtype)
     for axis, hop in zip(reversed(handle.axes), reversed(handle.hops), strict=True):
-        (rows,), _ = exchange((rows,), (), axis)
+        ((rows,), _, _) = exchange((rows,), (), (), axis)
         rows = unpermute(rows, None, hop)
     return rows
-
-
-def _payload(x, quantized):
-    """What of x is sent."""
-    if quantized is None:
-        return (x,)
-    rows = quantize(_without_gradient(x), ROW_TILE)
-    return rows.values, rows.scales
-
-
-@jax.custom_vjp
-def _without_gradient(x):
-    return x
-
-
-def _refuse(*_):
-    raise NotImplementedError(
-        "dispatch: quantize='fp8' has no gradient yet; dispatch in bfloat16 to train"
-    )
-
-
-_without_gradient.defvjp(_refuse, _refuse)
 
 
 def _send(payload, slots, weights, placement, axes, sizes, capacity):
@@ -233,36 +226,67 @@ def _over(axis, hop, payload, weights, slots):
     """Sends by a plan: what is differentiable, and what is not."""
     token = hop.source // hop.row_of.shape[1]
     slots = slots.at[token].get(mode="fill", fill_value=-1)
-    weights = permute(weights, hop)
-    rows = tuple(permute(part, hop) for part in payload)
-    if len(rows) > 1:  # FP8 and scales
-        (weights,), (slots, *rows) = exchange((weights,), (slots, *rows), axis)
-    else:
-        (weights, *rows), (slots,) = exchange((weights, *rows), (slots,), axis)
-    return tuple(rows), weights, slots
+    floats, others, carriers = split(lay_out(payload, hop))
+    (weights, *floats), (slots, *others), carriers = exchange(
+        (permute(weights, hop), *floats), (slots, *others), carriers, axis
+    )
+    return joined(floats, others, carriers), weights, slots
 
 
 def _gather(payload, slots, weights, placement, axes, sizes, capacity):
     """Sends everything to all ranks."""
     del placement, sizes, capacity
+    slots, weights = (lax.all_gather(a, axes, tiled=True) for a in (slots, weights))
+    return gather(payload, axes), slots, weights, ()
 
-    def gather(a):
-        return lax.all_gather(a, axes, tiled=True)
 
-    return tuple(map(gather, payload)), gather(slots), gather(weights), ()
+def _sort(payload, slots, weights, hops, placement, axes, alignment, max_rows, max_tokens):
+    """Lays out what arrived by the slots of this rank."""
+    local_slots = slots - lax.axis_index(axes) * placement.slots_per_rank
+    here = (local_slots >= 0) & (local_slots < placement.slots_per_rank)
+    local = plan_permutation(
+        jnp.where(here, local_slots, -1),
+        placement.slots_per_rank,
+        alignment=alignment,
+        capacity=max_tokens,
+        max_rows=max_rows,
+    )
+    return lay_out(payload, local), Handle(hops, local, weights, axes, local.source.shape[0])
+
+
+def _send_ragged(
+    payload, slots, weights, placement, axis, capacity, alignment, max_rows, max_tokens
+):
+    """Sends a row for each choice straight to the rows of its slot."""
+    ranks, slots_per_rank = placement.num_ranks, placement.slots_per_rank
+    hop = plan_permutation(slots, ranks * slots_per_rank, alignment=1)
+    from_a_rank = capacity or slots.shape[0] * min(slots.shape[1], slots_per_rank)
+    most = num_rows(ranks * from_a_rank, slots_per_rank, alignment)
+    rows = min(most, -(-(max_rows or most) // alignment) * alignment)
+    if max_tokens is not None:
+        rows = slots_per_rank * max_tokens
+    counts = lax.all_gather(hop.group_sizes, axis).reshape(ranks, ranks, slots_per_rank)
+    limits = Limits(rows, alignment, max_tokens, capacity)
+    plan = plan_ragged(counts, lax.axis_index(axis), limits)
+    handle = Handle((hop,), plan, weights, (axis,), rows)
+    return _over_ragged(payload, handle), handle
+
+
+def _over_ragged(payload, handle):
+    (hop,), plan = handle.hops, handle.local
+    routes = plan.there, plan.back, handle.rows
+    return joined(*exchange_ragged(*split(lay_out(payload, hop)), *routes, handle.axes[0]))
 
 
 def _resend(payload, handle):
     """Sends other tokens as those of a handle went."""
+    if isinstance(handle.local, RaggedPlan):
+        return _over_ragged(payload, handle)
     if not handle.hops:
-        return tuple(lax.all_gather(part, handle.axes, tiled=True) for part in payload)
-    for axis, hop in zip(handle.axes, handle.hops, strict=True):
-        rows = tuple(permute(part, hop) for part in payload)
-        if len(rows) > 1:
-            _, payload = exchange((), rows, axis)
-        else:
-            payload, _ = exchange(rows, (), axis)
-    return payload
+        payload = gather(payload, handle.axes)
+    for axis, hop in zip(handle.axes if handle.hops else (), handle.hops, strict=True):
+        payload = joined(*exchange(*split(lay_out(payload, hop)), axis))
+    return lay_out(payload, handle.local)
 
 
 def _axes(axis, placement):
@@ -282,13 +306,20 @@ def _axes(axis, placement):
     return axes, sizes
 
 
-def _check_options(method, quantized, capacity):
+def _check_options(method, quantized, axes, capacity, max_rows, max_tokens):
     if method is not None and method not in METHODS:
         raise ValueError(f"dispatch: method={method!r} is unknown; choose from {METHODS}")
+    if method is not None and method != "all_to_all" and len(axes) > 1:
+        raise ValueError(f"dispatch: method={method!r} needs one axis, not {axes}")
     if quantized not in (None, "fp8"):
         raise ValueError(f"dispatch: quantize={quantized!r} must be None or 'fp8'")
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"dispatch: capacity={capacity} must be positive")
+    limits = {"capacity": capacity, "max_rows": max_rows, "max_tokens": max_tokens}
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    if min(given.values(), default=1) < 1 or given.keys() >= {"max_rows", "max_tokens"}:
+        raise ValueError(
+            f"dispatch: {', '.join(f'{name}={limit}' for name, limit in given.items())} must be "
+            f"positive, and not both max_rows and max_tokens"
+        )
 
 
 def _check_handle(x, topk_idx, topk_weights, axes, handle):

@@ -86,24 +86,26 @@ def _multiply(rows, w):
 
 
 def grouped_linear(
-    x: jax.Array,
+    x: jax.Array | QuantizedArray,
     w: Weight | tuple[Weight, ...],
     group_sizes: jax.Array,
     *,
     alignment: int,
     fp8: bool = False,
+    carrier: jax.Array | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Multiplies each group of rows by the weight of its expert.
 
     Args:
-      x: `bf16|f32[M, K]`, rows sorted by expert.
+      x: `bf16|f32[M, K]`, rows sorted by expert; or FP8, as `dispatch` sends them.
       w: `[G, N, K]`, or a tuple of such weights.
       group_sizes: `i32[G]`, rows of each expert.
       alignment: every expert's rows start on a multiple of this; 128 in FP8.
       fp8: multiply in FP8, as in `linear`.
+      carrier: of FP8 rows, the one that `dispatch` gives with them: it takes their gradient.
 
     Returns:
-      `[M, N]` in x's dtype, or a tuple of them; padding rows are zero.
+      `[M, N]` in x's dtype, or the carrier's, or a tuple of them; padding rows are zero.
     """
     ws = tuple(map(read, w if isinstance(w, tuple) else (w,)))
     if not fp8:
@@ -112,10 +114,8 @@ def grouped_linear(
             for each in ws
         )
     elif isinstance(ws[0], QuantizedArray):
-        x_q = quantize(x)
-        products = tuple(
-            fp8_grouped_matmul(x_q, each, group_sizes, out_dtype=x.dtype) for each in ws
-        )
+        x_q, dtype = (quantize(x), x.dtype) if carrier is None else (x, carrier.dtype)
+        products = tuple(fp8_grouped_matmul(x_q, each, group_sizes, out_dtype=dtype) for each in ws)
     else:
-        products = fp8_grouped_linear(x, ws, group_sizes)
+        products = fp8_grouped_linear(x, ws, group_sizes, carrier=carrier)
     return products if isinstance(w, tuple) else products[0]

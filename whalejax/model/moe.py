@@ -158,13 +158,15 @@ def routed_experts(
     with jax.named_scope("dispatch"):
         if placement is None:
             plan = plan_permutation(topk_idx, config.n_routed_experts, alignment=alignment)
-            rows, sizes = permute(x, plan), plan.group_sizes
+            rows, carrier, sizes = permute(x, plan), None, plan.group_sizes
         else:
             choice = x, topk_idx, topk_weights, placement
-            sent = dispatch(*choice, axis=EXPERT, alignment=alignment)
-            rows, sizes = sent.tokens, sent.group_sizes
+            wire = "fp8" if fp8 else None
+            sent = dispatch(*choice, axis=EXPERT, alignment=alignment, quantize=wire)
+            rows, carrier, sizes = sent.rows(), sent.carrier, sent.group_sizes
     with jax.named_scope("experts"):
-        gate, up = grouped_linear(rows, (p.gate_proj, p.up_proj), sizes, **layout)
+        up_weights = p.gate_proj, p.up_proj
+        gate, up = grouped_linear(rows, up_weights, sizes, carrier=carrier, **layout)
         out = grouped_linear(jax.nn.silu(gate) * up, p.down_proj, sizes, **layout)
     with jax.named_scope("combine"):
         if placement is None:

@@ -150,6 +150,43 @@ def test_all_three_products_of_a_linear_layer_are_fp8(case, dtype):
         assert (row_errors(got, other)[real] > 1e-2).all()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rows_that_are_fp8_already_are_used_as_they_are(dtype):
+    case = LINEAR_CASES[0]
+    x, w, sizes = draw(case, jax.random.key(0))
+    x_q, w, dy = quantize(x), w.astype(dtype), gradient_of(case, dtype)
+    rows = x_q.dequantize(dtype)  # what both round again, along the tokens
+
+    def forward_and_backward_of_fp8(x_q, w, sizes, dy):
+        def linear(carrier, w):
+            return fp8_grouped_linear(x_q, w, sizes, carrier=carrier)
+
+        y, pull = jax.vjp(linear, jnp.full(x_q.shape, jnp.nan, dtype), w)
+        return y, *pull(dy)
+
+    y, dx, dw = jax.jit(forward_and_backward_of_fp8)(x_q, w, sizes, dy)
+    w_q = float64(quantize(w, WEIGHT).dequantize())
+    wanted = by_group(
+        case, lambda g, at: float64(x_q.dequantize())[at] @ w_q[g].T, (case.m, case.n)
+    )
+    assert_rows_close(y, wanted, tolerance=TOLERANCE[dtype])
+    _, dx_of_rows, dw_of_rows = jax.jit(forward_and_backward)(rows, w, sizes, dy)
+    np.testing.assert_array_equal(dx, dx_of_rows)
+    np.testing.assert_array_equal(dw, dw_of_rows)
+    assert y.dtype == dx.dtype == dw.dtype == dtype and jnp.any(dx != 0) and jnp.any(dw != 0)
+
+
+def test_fp8_rows_need_a_carrier_and_others_have_none():
+    x_q, x = operand(128, 272), jax.ShapeDtypeStruct((128, 272), "bfloat16")
+    w = jax.ShapeDtypeStruct((4, 208, 272), "bfloat16")
+    with pytest.raises(ValueError, match=r"FP8 rows \(128, 272\) .* a carrier .* is None"):
+        fp8_grouped_linear(x_q, w, sizes_of(4))
+    with pytest.raises(
+        ValueError, match=r"carrier .*\(128, 272\)\) is for FP8 rows, x is bfloat16"
+    ):
+        fp8_grouped_linear(x, w, sizes_of(4), carrier=x)
+
+
 def test_a_linear_layer_of_several_weights_gives_what_each_gives():
     case = LINEAR_CASES[0]
     x, w, sizes = draw(case, jax.random.key(0))

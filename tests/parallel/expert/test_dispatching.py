@@ -15,6 +15,7 @@ T, H, K, E = 12, 16, 3, 8
 WAYS = {
     "all_to_all": {"axis": "expert", "method": "all_to_all"},
     "all_gather": {"axis": "expert", "method": "all_gather"},
+    "ragged": {"axis": "expert", "method": "ragged"},
     "hierarchical": {"axis": ("node", "expert")},
 }
 
