@@ -2,7 +2,9 @@
 
 `python on_ranks.py RANK RANKS PORT` for every rank: over gloo on CPUs, or over NCCL, for which one
 GPU is enough (`NCCL_HOSTID` another for each rank, `NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1`,
-`JAX_PLATFORMS=cuda,cpu`, `XLA_PYTHON_CLIENT_PREALLOCATE=false`). Rank 0 prints a JSON line a case.
+`JAX_PLATFORMS=cuda,cpu`, `XLA_PYTHON_CLIENT_PREALLOCATE=false`,
+`XLA_FLAGS=--xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback=true`). Rank 0 prints a JSON
+line a case.
 """
 
 import functools
@@ -14,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import test_dispatching as cases
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from whalejax.kernels.quantization import quantize
 
 
 def mesh_of(axis, ranks):
@@ -28,12 +32,15 @@ def on_cpu(f, *arguments):
         return jax.tree.map(np.asarray, f(*arguments))
 
 
-def compare(way, kind, ranks):
+def compare(way, wire, kind, ranks):
     """Largest errors of the output and of the gradients."""
     x, idx, weights, w, target = host = on_cpu(cases.draw, kind, ranks)
+    if wire == "fp8":
+        x = host[0] = on_cpu(lambda: quantize(jnp.asarray(x)).dequantize())
     axis = cases.WAYS[way]["axis"]
     placement = on_cpu(cases.placement_of, "replicated", ranks)
-    moe = functools.partial(cases.moe, placement=placement, way=cases.WAYS[way])
+    options = {"placement": placement, "way": cases.WAYS[way], "quantize": wire}
+    moe = functools.partial(cases.moe, **options)
     f = cases.over_ranks(moe, cases.WAYS[way], ranks, mesh=mesh_of(axis, ranks))
     whole = NamedSharding(mesh_of(axis, ranks), PartitionSpec())
 
@@ -54,13 +61,15 @@ def compare(way, kind, ranks):
 def main(rank, ranks, port):
     jax.distributed.initialize(f"127.0.0.1:{port}", ranks, rank)
     jax.config.update("jax_default_matmul_precision", "highest")
+    device = jax.devices()[0].device_kind
+    kinds = [(None, "all chosen"), (None, "some unselected"), (None, "all to one")]
     for way in cases.WAYS:
-        for kind in ("all chosen", "some unselected", "all to one"):
-            error, gradient_error = compare(way, kind, ranks)
-            row = {"ranks": ranks, "method": way, "choices": kind}
+        for wire, kind in (*kinds, ("fp8", "some unselected")):
+            error, gradient_error = compare(way, wire, kind, ranks)
+            row = {"ranks": ranks, "method": way, "wire": wire or "float32", "choices": kind}
             row |= {"error": float(error), "gradient_error": float(gradient_error)}
             if rank == 0:
-                print(json.dumps(row | {"platform": jax.devices()[0].platform}), flush=True)
+                print(json.dumps(row | {"device": device, "jax": jax.__version__}), flush=True)
             assert error < 1e-5 and gradient_error < 1e-4
 
 
