@@ -2,7 +2,6 @@
 
 from whalejax.kernels.permutation.api import (
     Permutation,
-    carry_gradient,
     num_rows,
     permute,
     plan_permutation,
@@ -11,7 +10,6 @@ from whalejax.kernels.permutation.api import (
 
 __all__ = [
     "Permutation",
-    "carry_gradient",
     "num_rows",
     "permute",
     "plan_permutation",

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from whalejax.kernels.backend import vary_like
 from whalejax.kernels.groups import aligned, exclusive_cumsum, group_of_tiles
 
 
@@ -87,7 +86,9 @@ def plan_permutation(
     filled = offset < kept[row_expert]
     source = jnp.where(filled, order[jnp.where(filled, first[row_expert] + offset, 0)], choices)
     overflow = jnp.sum(sizes - kept, dtype=jnp.int32)
-    return Permutation(row_of.reshape(topk_idx.shape), source, kept, overflow)
+    plan = Permutation(row_of.reshape(topk_idx.shape), source, kept, overflow)
+    # else XLA works a row's place out again for every element of it
+    return jax.lax.optimization_barrier(plan)
 
 
 def num_rows(choices: int, num_experts: int, alignment: int) -> int:
@@ -120,29 +121,6 @@ def _permute_backward(permutation, d_rows):
 
 
 permute.defvjp(_permute_forward, _permute_backward)
-
-
-@jax.custom_vjp
-def carry_gradient(x: jax.Array, permutation: Permutation) -> jax.Array:
-    """Stands for `permute(x, permutation)` in the backward pass alone.
-
-    Rows that were rounded to FP8 have no gradient of their own dtype; this takes it for them.
-
-    Args:
-      x: `[T, H]`, what the rows were rounded from.
-      permutation: that the rows went by.
-
-    Returns:
-      Zeros `[rows, H]` in x's dtype, whose gradient is x's as if they were its rows.
-    """
-    return vary_like(jnp.zeros((permutation.source.shape[0], x.shape[1]), x.dtype), x)
-
-
-def _carry_forward(x, permutation):
-    return carry_gradient(x, permutation), permutation
-
-
-carry_gradient.defvjp(_carry_forward, _permute_backward)
 
 
 @jax.custom_vjp

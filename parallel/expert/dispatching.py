@@ -8,20 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from whalejax.kernels.permutation import Permutation, num_rows, permute, plan_permutation, unpermute
+from whalejax.kernels.permutation import Permutation, num_rows, plan_permutation, unpermute
 from whalejax.kernels.quantization import QuantizedArray
-from whalejax.parallel.expert.exchange import exchange, plan_hop
-from whalejax.parallel.expert.payload import (
-    ROW_TILE,
-    gather,
-    guard,
-    joined,
-    lay_out,
-    payload_of,
-    split,
-)
+from whalejax.parallel.expert.exchange import Route, send, send_again, send_back
+from whalejax.parallel.expert.payload import ROW_TILE, guard, payload_of
 from whalejax.parallel.expert.placement import Placement
-from whalejax.parallel.expert.ragged import Limits, RaggedPlan, exchange_ragged, plan_ragged
+from whalejax.parallel.expert.ragged import (
+    Limits,
+    RaggedPlan,
+    plan_ragged,
+    return_ragged,
+    send_ragged,
+)
 
 METHODS = ("all_to_all", "all_gather", "ragged")
 
@@ -154,21 +152,18 @@ def dispatch(
     Source: DeepEP (github.com/deepseek-ai/DeepEP), DeepSeek-V3 (arXiv 2412.19437), section 3.2.2.
     """
     axes, sizes = _axes(axis, placement)
-    _check_options(method, quantize, axes, capacity, max_rows, max_tokens)
-    if handle is not None:
-        _check_handle(x, topk_idx, topk_weights, axes, handle)
-        payload = _resend(payload_of(x, quantize), handle)
-    else:
+    limits = {"capacity": capacity, "max_rows": max_rows, "max_tokens": max_tokens}
+    _check_options(method, quantize, axes, limits)
+    payload, quantized = payload_of(x, quantize), quantize is not None
+    if handle is None:
         _check_shapes(x, topk_idx, topk_weights)
-        payload, slots = payload_of(x, quantize), placement.slots_of(topk_idx, lax.axis_index(axes))
-        choice = payload, slots, topk_weights.astype(jnp.float32), placement
-        limits = alignment, max_rows, max_tokens
-        if method == "ragged":
-            payload, handle = _send_ragged(*choice, axes[0], capacity, *limits)
-        else:
-            send = _gather if method == "all_gather" else _send
-            payload, *arrived = send(*choice, axes, sizes, capacity)
-            payload, handle = _sort(payload, *arrived, placement, axes, *limits)
+        route = Route(axes, sizes, placement.slots_per_rank, quantized, alignment, **limits)
+        slots = placement.slots_of(topk_idx, lax.axis_index(axes))
+        choice = slots, topk_weights.astype(jnp.float32)
+        payload, handle = _send(payload, *choice, route, method)
+    else:
+        _check_handle(x, topk_idx, topk_weights, axes, handle)
+        payload = _send_by(handle, payload, quantized)
     if max_tokens is not None:
         shape = (placement.slots_per_rank, max_tokens, -1)
         payload = jax.tree.map(lambda a: a.reshape(shape), payload)
@@ -194,99 +189,43 @@ def combine(y: jax.Array, handle: Handle) -> jax.Array:
     if y.shape[0] != handle.rows:
         raise ValueError(f"combine: y has {y.shape[0]} rows, but its handle is of {handle.rows}")
     if isinstance(handle.local, RaggedPlan):
-        (hop,), (axis,), plan = handle.hops, handle.axes, handle.local
-        routes = plan.back, plan.there, hop.source.shape[0]
-        ((rows,), _, _) = exchange_ragged((y,), (), (), *routes, axis)
+        ((hop,), (axis,)) = handle.hops, handle.axes
+        rows = return_ragged(y, handle.local, hop.source.shape[0], axis)
         return unpermute(rows, handle.weights, hop)
-    rows = unpermute(y, handle.weights, handle.local)
-    if not handle.hops:
-        total = lax.psum_scatter(rows.astype(jnp.float32), handle.axes, tiled=True)
-        return total.astype(y.dtype)
-    for axis, hop in zip(reversed(handle.axes), reversed(handle.hops), strict=True):
-        ((rows,), _, _) = exchange((rows,), (), (), axis)
-        rows = unpermute(rows, None, hop)
-    return rows
+    return send_back(unpermute(y, handle.weights, handle.local), handle.hops, handle.axes)
 
 
-def _send(payload, slots, weights, placement, axes, sizes, capacity):
-    """Sends tokens, slots and weights over one axis after another; returns the plans too."""
-    hops = []
-    for i, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
-        behind = placement.slots_per_rank * math.prod(sizes[i + 1 :])  # slots of a rank of the axis
-        destination = jnp.where(slots < 0, -1, slots // behind % size)
-        hop = plan_hop(destination, size, capacity or slots.shape[0])
-        payload, weights, slots = _over(axis, hop, payload, weights, slots)
-        here = slots // behind == lax.axis_index(axes[: i + 1])
-        slots = jnp.where((slots >= 0) & here, slots, -1)
-        hops.append(hop)
-    return payload, slots, weights, tuple(hops)
+def _send(payload, slots, weights, route, method):
+    """Plans and sends; gives the handle too."""
+    if method == "ragged":
+        handle = _plan_ragged(slots, weights, route)
+        return _send_by(handle, payload, route.quantized), handle
+    payload, weights, hops, local = send(payload, weights, slots, route, method == "all_gather")
+    return payload, Handle(hops, local, weights, route.axes, local.source.shape[0])
 
 
-def _over(axis, hop, payload, weights, slots):
-    """Sends by a plan: what is differentiable, and what is not."""
-    token = hop.source // hop.row_of.shape[1]
-    slots = slots.at[token].get(mode="fill", fill_value=-1)
-    floats, others, carriers = split(lay_out(payload, hop))
-    (weights, *floats), (slots, *others), carriers = exchange(
-        (permute(weights, hop), *floats), (slots, *others), carriers, axis
-    )
-    return joined(floats, others, carriers), weights, slots
+def _send_by(handle, payload, quantized):
+    """Sends as a handle says."""
+    if not isinstance(handle.local, RaggedPlan):
+        return send_again(payload, handle.hops, handle.local, handle.axes, quantized)
+    ((hop,), (axis,)) = handle.hops, handle.axes
+    return send_ragged(payload, hop, handle.local, handle.rows, axis, quantized)
 
 
-def _gather(payload, slots, weights, placement, axes, sizes, capacity):
-    """Sends everything to all ranks."""
-    del placement, sizes, capacity
-    slots, weights = (lax.all_gather(a, axes, tiled=True) for a in (slots, weights))
-    return gather(payload, axes), slots, weights, ()
-
-
-def _sort(payload, slots, weights, hops, placement, axes, alignment, max_rows, max_tokens):
-    """Lays out what arrived by the slots of this rank."""
-    local_slots = slots - lax.axis_index(axes) * placement.slots_per_rank
-    here = (local_slots >= 0) & (local_slots < placement.slots_per_rank)
-    local = plan_permutation(
-        jnp.where(here, local_slots, -1),
-        placement.slots_per_rank,
-        alignment=alignment,
-        capacity=max_tokens,
-        max_rows=max_rows,
-    )
-    return lay_out(payload, local), Handle(hops, local, weights, axes, local.source.shape[0])
-
-
-def _send_ragged(
-    payload, slots, weights, placement, axis, capacity, alignment, max_rows, max_tokens
-):
-    """Sends a row for each choice straight to the rows of its slot."""
-    ranks, slots_per_rank = placement.num_ranks, placement.slots_per_rank
+def _plan_ragged(slots, weights, route):
+    """A handle for a row of each choice, straight to the rows of its slot."""
+    ((ranks,), (axis,)), slots_per_rank = (route.sizes, route.axes), route.slots_per_rank
     hop = plan_permutation(slots, ranks * slots_per_rank, alignment=1)
-    from_a_rank = capacity or slots.shape[0] * min(slots.shape[1], slots_per_rank)
-    most = num_rows(ranks * from_a_rank, slots_per_rank, alignment)
-    rows = min(most, -(-(max_rows or most) // alignment) * alignment)
-    if max_tokens is not None:
-        rows = slots_per_rank * max_tokens
+    from_a_rank = route.capacity or slots.shape[0] * min(slots.shape[1], slots_per_rank)
+    rows = num_rows(ranks * from_a_rank, slots_per_rank, route.alignment)
+    if route.max_tokens is not None:
+        rows = slots_per_rank * route.max_tokens
+    elif route.max_rows is not None:
+        rows = min(rows, -(-route.max_rows // route.alignment) * route.alignment)
     counts = lax.all_gather(hop.group_sizes, axis).reshape(ranks, ranks, slots_per_rank)
-    limits = Limits(rows, alignment, max_tokens, capacity)
+    limits = Limits(rows, route.alignment, route.max_tokens, route.capacity)
     plan = plan_ragged(counts, lax.axis_index(axis), limits)
-    handle = Handle((hop,), plan, weights, (axis,), rows)
-    return _over_ragged(payload, handle), handle
-
-
-def _over_ragged(payload, handle):
-    (hop,), plan = handle.hops, handle.local
-    routes = plan.there, plan.back, handle.rows
-    return joined(*exchange_ragged(*split(lay_out(payload, hop)), *routes, handle.axes[0]))
-
-
-def _resend(payload, handle):
-    """Sends other tokens as those of a handle went."""
-    if isinstance(handle.local, RaggedPlan):
-        return _over_ragged(payload, handle)
-    if not handle.hops:
-        payload = gather(payload, handle.axes)
-    for axis, hop in zip(handle.axes if handle.hops else (), handle.hops, strict=True):
-        payload = joined(*exchange(*split(lay_out(payload, hop)), axis))
-    return lay_out(payload, handle.local)
+    return Handle((hop,), plan, weights, (axis,), rows)
 
 
 def _axes(axis, placement):
@@ -306,14 +245,13 @@ def _axes(axis, placement):
     return axes, sizes
 
 
-def _check_options(method, quantized, axes, capacity, max_rows, max_tokens):
+def _check_options(method, quantized, axes, limits):
     if method is not None and method not in METHODS:
         raise ValueError(f"dispatch: method={method!r} is unknown; choose from {METHODS}")
     if method is not None and method != "all_to_all" and len(axes) > 1:
         raise ValueError(f"dispatch: method={method!r} needs one axis, not {axes}")
     if quantized not in (None, "fp8"):
         raise ValueError(f"dispatch: quantize={quantized!r} must be None or 'fp8'")
-    limits = {"capacity": capacity, "max_rows": max_rows, "max_tokens": max_tokens}
     given = {name: limit for name, limit in limits.items() if limit is not None}
     if min(given.values(), default=1) < 1 or given.keys() >= {"max_rows", "max_tokens"}:
         raise ValueError(

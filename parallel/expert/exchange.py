@@ -1,16 +1,59 @@
-"""Rows to the ranks of a mesh axis and back: everything of a row in one collective."""
+"""Tokens to the ranks of their experts over one mesh axis after another, and their gradients back.
 
+What comes forward is gathered and sent packed, what goes back is summed and sent packed: no pass
+over the rows is for packing alone, and no direction scatters.
+"""
+
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from whalejax.kernels.permutation import Permutation, plan_permutation
+from whalejax.kernels.permutation import Permutation, permute, plan_permutation, unpermute
+from whalejax.parallel.expert.packing import num_words, pack, unpack
+from whalejax.parallel.expert.payload import Payload, gradient_of_rows, rows_of_gradient
 
-Arrays = tuple[jax.Array, ...]
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """Which way tokens go, and the limits on it.
+
+    Attributes:
+      axes, sizes: of the mesh, the first one crossed first.
+      slots_per_rank: experts of a rank.
+      quantized: tokens travel in FP8.
+      alignment, max_rows, max_tokens: of the rows of a rank's slots.
+      capacity: rows from one rank to another; None for all.
+    """
+
+    axes: tuple[str, ...]
+    sizes: tuple[int, ...]
+    slots_per_rank: int
+    quantized: bool
+    alignment: int
+    capacity: int | None
+    max_rows: int | None
+    max_tokens: int | None
+
+
+class Arrival(NamedTuple):
+    """What a rank gets.
+
+    Attributes:
+      payload: in the rows of the rank's slots.
+      weights: `f32[arrived, k]` of the tokens that arrived.
+      hops: plans of what each axis was sent; none if all is gathered.
+      local: of arrived tokens to the rows of slots.
+    """
+
+    payload: Payload
+    weights: jax.Array
+    hops: tuple[Permutation, ...]
+    local: Permutation
 
 
 def plan_hop(destination: jax.Array, num_ranks: int, capacity: int) -> Permutation:
@@ -32,70 +75,129 @@ def plan_hop(destination: jax.Array, num_ranks: int, capacity: int) -> Permutati
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def exchange(
-    floats: Arrays, others: Arrays, carriers: Arrays, axis: str
-) -> tuple[Arrays, Arrays, Arrays]:
-    """Sends the i-th part of all rows to the i-th rank of an axis, all arrays in one collective.
-
-    A second collective, of few bytes, would hide behind the work that the first one needs. XLA
-    cannot differentiate through bytes: gradients go back the same way, packed alike.
-
-    Args:
-      floats: `[ranks * capacity, ...]`, differentiable.
-      others: `[ranks * capacity, ...]`, not.
-      carriers: `[ranks * capacity, ...]`, zeros that are not sent, but their gradients are.
-      axis: of the mesh.
-
-    Returns:
-      All, each part from the rank of its number.
-    """
-    arrived = send_packed((*floats, *others), lambda rows: swap(rows, axis))
-    return arrived[: len(floats)], arrived[len(floats) :], carriers
-
-
 def swap(rows: jax.Array, axis: str) -> jax.Array:
     """Exchanges equal parts of an array's rows with all ranks of an axis."""
     return lax.all_to_all(rows, axis, 0, 0, tiled=True)
 
 
-def send_packed(arrays: Sequence[jax.Array], send: Callable[[jax.Array], jax.Array]) -> Arrays:
-    """Sends arrays with equally many rows as the bytes of one.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def send(
+    payload: Payload, weights: jax.Array, slots: jax.Array, route: Route, gathered: bool
+) -> Arrival:
+    """Sends tokens to the ranks of their slots and sorts what arrives.
 
     Args:
-      arrays: `[rows, ...]` each.
-      send: takes `u8[rows, bytes]` and gives `u8[others, bytes]`.
-
-    Returns:
-      `[others, ...]` each.
+      payload: of `[T, H]` tokens.
+      weights: `f32[T, k]`.
+      slots: `i32[T, k]`, of all ranks together; -1 for none.
+      route: the way.
+      gathered: send all tokens to every rank.
     """
-    widths = [math.prod(a.shape[1:]) * a.dtype.itemsize for a in arrays]
-    packed = send(jnp.concatenate([_bytes(a) for a in arrays], axis=1))
-    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-    parts = [packed[:, end - width : end] for end, width in zip(ends, widths, strict=True)]
-    return tuple(_array(part, a) for part, a in zip(parts, arrays, strict=True))
+    parts = [*payload.sent(), weights, slots]
+    at = sum(map(num_words, parts[:-1]))
+
+    def slots_on(packed, depth):
+        """The slots of what arrived that lie behind this rank of the first axes."""
+        (found,) = unpack(packed, [slots], at)
+        behind = route.slots_per_rank * math.prod(route.sizes[depth:])
+        here = (found > 0) & ((found - 1) // behind == lax.axis_index(route.axes[:depth]))
+        return jnp.where(here, found - 1, -1)
+
+    packed, hops = pack([*parts[:-1], slots + 1]), []  # rows that nobody fills have slot 0
+    if gathered:
+        packed = lax.all_gather(packed, route.axes, tiled=True)
+    else:
+        for depth, (axis, size) in enumerate(zip(route.axes, route.sizes, strict=True), 1):
+            behind = route.slots_per_rank * math.prod(route.sizes[depth:])
+            destination = jnp.where(slots < 0, -1, slots // behind % size)
+            hop = plan_hop(destination, size, route.capacity or slots.shape[0])
+            packed = swap(permute(packed, hop), axis)
+            slots = slots_on(packed, depth)
+            hops.append(hop)
+    slots = slots_on(packed, len(route.axes))
+    local = plan_permutation(
+        jnp.where(slots < 0, -1, slots % route.slots_per_rank),
+        route.slots_per_rank,
+        alignment=route.alignment,
+        capacity=route.max_tokens,
+        max_rows=route.max_rows,
+    )
+    (arrived_weights,) = unpack(packed, [weights], sum(map(num_words, parts[:-2])))
+    return Arrival(_sorted(payload, packed, local), arrived_weights, tuple(hops), local)
 
 
-def _bytes(a):
-    """`[rows, bytes of a row]`."""
-    return lax.bitcast_convert_type(a, jnp.uint8).reshape(a.shape[0], -1)
+def _sorted(payload, packed, local):
+    """What arrived, in the rows of slots."""
+    arrived, start = [], 0
+    for like in payload.sent():
+        end = start + num_words(like)
+        rows = permute(packed[:, start:end], local)  # cut before it is gathered, not after
+        arrived += unpack(rows, [like])
+        start = end
+    return payload.arrived(arrived)
 
 
-def _array(packed, like):
-    """The inverse of `_bytes`."""
-    size = like.dtype.itemsize
-    shape = (packed.shape[0], *like.shape[1:]) + ((size,) if size > 1 else ())
-    return lax.bitcast_convert_type(packed.reshape(shape), like.dtype)
+def _send_forward(payload, weights, slots, route, gathered):
+    arrival = send(payload, weights, slots, route, gathered)
+    return arrival, (arrival.hops, arrival.local)
 
 
-def _forward(floats, others, carriers, axis):
-    return exchange(floats, others, carriers, axis), None
+def _send_backward(route, gathered, residuals, d_arrival):
+    del gathered  # then there are no hops
+    hops, local = residuals
+    rows = unpermute(rows_of_gradient(d_arrival.payload), None, local)
+    rows, weights = _back([rows, d_arrival.weights], hops, route.axes)
+    return gradient_of_rows(rows, route.quantized), weights, None
 
 
-def _backward(axis, _, cotangents):
-    d_floats, _, d_carriers = cotangents
-    returned, _, _ = exchange((*d_floats, *d_carriers), (), (), axis)
-    return returned[: len(d_floats)], None, returned[len(d_floats) :]
+send.defvjp(_send_forward, _send_backward)
 
 
-exchange.defvjp(_forward, _backward)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def send_again(
+    payload: Payload,
+    hops: tuple[Permutation, ...],
+    local: Permutation,
+    axes: tuple[str, ...],
+    quantized: bool,
+) -> Payload:
+    """Sends other tokens as earlier ones went; arguments are as in `Arrival` and `Route`."""
+    packed = pack(payload.sent())
+    if not hops:
+        packed = lax.all_gather(packed, axes, tiled=True)
+    for axis, hop in zip(axes if hops else (), hops, strict=True):
+        packed = swap(permute(packed, hop), axis)
+    return _sorted(payload, packed, local)
+
+
+def _again_forward(payload, hops, local, axes, quantized):
+    return send_again(payload, hops, local, axes, quantized), (hops, local)
+
+
+def _again_backward(axes, quantized, residuals, d_payload):
+    hops, local = residuals
+    rows = send_back(unpermute(rows_of_gradient(d_payload), None, local), hops, axes)
+    return gradient_of_rows(rows, quantized), None, None
+
+
+send_again.defvjp(_again_forward, _again_backward)
+
+
+def send_back(rows: jax.Array, hops: tuple[Permutation, ...], axes: tuple[str, ...]) -> jax.Array:
+    """Sums `[arrived, H]` rows where their tokens came from, in float32."""
+    if not hops:
+        total = lax.psum_scatter(rows.astype(jnp.float32), axes, tiled=True)
+        return total.astype(rows.dtype)
+    for axis, hop in zip(reversed(axes), reversed(hops), strict=True):
+        rows = unpermute(swap(rows, axis), None, hop)
+    return rows
+
+
+def _back(arrays, hops, axes):
+    """`send_back` of several arrays in one collective for each axis."""
+    if not hops:
+        return [send_back(a, hops, axes) for a in arrays]
+    for axis, hop in zip(reversed(axes), reversed(hops), strict=True):
+        arrived = unpack(swap(pack(arrays), axis), arrays)
+        arrays = [unpermute(a, None, hop) for a in arrived]
+    return arrays

@@ -1,6 +1,5 @@
 """What of a token travels: its row as it is, or in FP8 with what brings the gradient back."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -9,9 +8,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from whalejax.kernels.backend import vary_like
-from whalejax.kernels.permutation import Permutation, carry_gradient, permute
 from whalejax.kernels.quantization import quantize
-from whalejax.parallel.expert.exchange import Arrays
 
 ROW_TILE = (1, 128)  # of an FP8 row's scales
 
@@ -30,6 +27,27 @@ class Payload(NamedTuple):
     scales: jax.Array | None = None
     carrier: jax.Array | None = None
 
+    def sent(self) -> list[jax.Array]:
+        """The arrays that are sent."""
+        return [self.tokens] if self.scales is None else [self.tokens, self.scales]
+
+    def arrived(self, sent: list[jax.Array]) -> "Payload":
+        """What those arrays are when they have arrived."""
+        if self.carrier is None:
+            return Payload(*sent)
+        zeros = jnp.zeros(sent[0].shape, self.carrier.dtype)
+        return Payload(*sent, vary_like(zeros, sent))
+
+
+def rows_of_gradient(cotangent: Payload) -> jax.Array:
+    """What of a payload's cotangent is sent back."""
+    return cotangent.tokens if cotangent.carrier is None else cotangent.carrier
+
+
+def gradient_of_rows(rows: jax.Array, quantized: bool) -> Payload:
+    """The inverse, for the payload that was sent."""
+    return Payload(None, None, rows) if quantized else Payload(rows)
+
 
 def payload_of(x: jax.Array, quantized: str | None) -> Payload:
     """The rows of `[T, H]` tokens, in FP8 if `quantized` is `"fp8"`."""
@@ -37,26 +55,6 @@ def payload_of(x: jax.Array, quantized: str | None) -> Payload:
         return Payload(x)
     rows = quantize(lax.stop_gradient(x), ROW_TILE)
     return Payload(rows.values, rows.scales, x)
-
-
-def lay_out(payload: Payload, plan: Permutation) -> Payload:
-    """Copies each token to the rows of a plan."""
-    if payload.carrier is None:
-        return Payload(permute(payload.tokens, plan))
-    tokens, scales = permute(payload.tokens, plan), permute(payload.scales, plan)
-    return Payload(tokens, scales, carry_gradient(payload.carrier, plan))
-
-
-def split(payload: Payload) -> tuple[Arrays, Arrays, Arrays]:
-    """Arrays with a gradient, arrays without, and carriers, as an exchange takes them."""
-    if payload.carrier is None:
-        return (payload.tokens,), (), ()
-    return (), (payload.tokens, payload.scales), (payload.carrier,)
-
-
-def joined(floats: Arrays, others: Arrays, carriers: Arrays) -> Payload:
-    """The inverse of `split`."""
-    return Payload(*floats, *others, *carriers)
 
 
 def guard(payload: Payload) -> Payload:
@@ -83,35 +81,3 @@ def _guard_backward(_, cotangents):
 
 
 _guard.defvjp(_guard_forward, _guard_backward, symbolic_zeros=True)
-
-
-def gather(payload: Payload, axes: tuple[str, ...]) -> Payload:
-    """The rows of all ranks, on all ranks."""
-
-    def gathered(a):
-        return lax.all_gather(a, axes, tiled=True)
-
-    if payload.carrier is None:
-        return Payload(gathered(payload.tokens))
-    return Payload(
-        gathered(payload.tokens), gathered(payload.scales), _gather_carrier(payload.carrier, axes)
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather_carrier(carrier, axes):
-    """Stands for `all_gather` in the backward pass alone."""
-    rows = carrier.shape[0] * lax.axis_size(axes)
-    return vary_like(jnp.zeros((rows, *carrier.shape[1:]), carrier.dtype), carrier)
-
-
-def _gather_forward(carrier, axes):
-    return _gather_carrier(carrier, axes), None
-
-
-def _gather_backward(axes, _, d_rows):
-    total = lax.psum_scatter(d_rows.astype(jnp.float32), axes, tiled=True)
-    return (total.astype(d_rows.dtype),)
-
-
-_gather_carrier.defvjp(_gather_forward, _gather_backward)

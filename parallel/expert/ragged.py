@@ -16,13 +16,15 @@ from jax import lax
 
 from whalejax.kernels.backend import vary_like
 from whalejax.kernels.groups import aligned, exclusive_cumsum
-from whalejax.parallel.expert.exchange import Arrays, send_packed
+from whalejax.kernels.permutation import Permutation, permute, unpermute
+from whalejax.parallel.expert.packing import pack, unpack
+from whalejax.parallel.expert.payload import Payload, gradient_of_rows, rows_of_gradient
 
 UPDATES = 32  # for each peer at least
 
 
-class Route(NamedTuple):
-    """Where the updates lie that a rank sends, and how many rows it receives.
+class Updates(NamedTuple):
+    """Where the rows lie that a rank sends, and how many it receives.
 
     Attributes:
       input_offsets, send_sizes, output_offsets, recv_sizes: `i32[ranks * updates]`, as
@@ -39,14 +41,14 @@ class RaggedPlan(NamedTuple):
     """How rows go to the ranks of their experts and come back.
 
     Attributes:
-      there, back: routes from the rows that tokens are laid out in to those of the experts, and
+      there, back: from the rows that tokens are laid out in to those of the experts, and
         the reverse.
       group_sizes: `i32[slots_per_rank]`, rows of each slot of this rank.
       overflow: `i32[]`, rows of this rank that are not sent, because a limit is reached.
     """
 
-    there: Route
-    back: Route
+    there: Updates
+    back: Updates
     group_sizes: jax.Array
     overflow: jax.Array
 
@@ -104,59 +106,79 @@ def plan_ragged(counts: jax.Array, rank: jax.Array | int, limits: Limits) -> Rag
 
 
 def _cut(input_offsets, send_sizes, output_offsets, recv_sizes, pieces):
-    """A route whose updates are cut into pieces, those of a peer one after another."""
+    """Updates cut into pieces, those of a peer one after another."""
     piece = jnp.arange(pieces + 1, dtype=jnp.int32)
 
     def begin(sizes):
         return sizes[..., None] * piece[None, None] // pieces
 
     sent, received = begin(send_sizes), begin(recv_sizes)
-    route = (
+    updates = (
         input_offsets[..., None] + sent[..., :-1],
         jnp.diff(sent, axis=-1),
         output_offsets[..., None] + sent[..., :-1],
         jnp.diff(received, axis=-1),
     )
-    return Route(*(a.reshape(-1) for a in route))
+    return Updates(*(a.reshape(-1) for a in updates))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def exchange_ragged(
-    floats: Arrays,
-    others: Arrays,
-    carriers: Arrays,
-    route: Route,
-    opposite: Route,
-    rows: int,
-    axis: str,
-) -> tuple[Arrays, Arrays, Arrays]:
-    """Sends rows by a route, as `exchange` does.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def send_ragged(
+    payload: Payload, hop: Permutation, plan: RaggedPlan, rows: int, axis: str, quantized: bool
+) -> Payload:
+    """Sends tokens to the rows of their experts.
 
     Args:
-      floats, others, carriers: `[rows of the sender, ...]`.
-      route: of the rows.
-      opposite: of their gradients.
-      rows: that are received; those that nobody sends are zero.
+      payload: of `[T, H]` tokens.
+      hop: to the rows that are sent, sorted by slot.
+      plan: of those rows.
+      rows: of this rank's experts; those that nobody sends are zero.
       axis: of the mesh.
-
-    Returns:
-      `[rows, ...]` each.
+      quantized: tokens travel in FP8.
     """
-    send = functools.partial(_send, route=route, rows=rows, axis=axis)
-    arrived = send_packed((*floats, *others), send)
-    zeros = tuple(vary_like(jnp.zeros((rows, *c.shape[1:]), c.dtype), c) for c in carriers)
-    return arrived[: len(floats)], arrived[len(floats) :], zeros
+    packed = _exchange(permute(pack(payload.sent()), hop), plan.there, rows, axis)
+    return payload.arrived(unpack(packed, payload.sent()))
 
 
-def _send(packed, route, rows, axis):
+def _send_forward(payload, hop, plan, rows, axis, quantized):
+    return send_ragged(payload, hop, plan, rows, axis, quantized), (hop, plan)
+
+
+def _send_backward(rows, axis, quantized, residuals, d_payload):
+    hop, plan = residuals
+    returned = _exchange(rows_of_gradient(d_payload), plan.back, hop.source.shape[0], axis)
+    return gradient_of_rows(unpermute(returned, None, hop), quantized), None, None
+
+
+send_ragged.defvjp(_send_forward, _send_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def return_ragged(y: jax.Array, plan: RaggedPlan, rows: int, axis: str) -> jax.Array:
+    """Sends the rows `[..., H]` of experts back to the `rows` that their tokens were sent in."""
+    return _exchange(y, plan.back, rows, axis)
+
+
+def _return_forward(y, plan, rows, axis):
+    return return_ragged(y, plan, rows, axis), (plan, jnp.zeros((y.shape[0], 0), y.dtype))
+
+
+def _return_backward(rows, axis, residuals, d_rows):
+    plan, like = residuals
+    return _exchange(d_rows, plan.there, like.shape[0], axis), None
+
+
+return_ragged.defvjp(_return_forward, _return_backward)
+
+
+def _exchange(operand, updates, rows, axis):
     # a constant would be hoisted out of a loop over layers, and copied in each of them
-    zero = jnp.minimum(route.send_sizes[0], 0).astype(packed.dtype)
-    output = jnp.broadcast_to(zero, (rows, packed.shape[1]))
-    output = vary_like(output, (packed, route))
+    zero = jnp.minimum(updates.send_sizes[0], 0).astype(operand.dtype)
+    output = jnp.broadcast_to(zero, (rows, operand.shape[1]))
     return lax.platform_dependent(
-        packed,
-        output,
-        *route,
+        operand,
+        vary_like(output, (operand, updates)),
+        *updates,
         cuda=functools.partial(lax.ragged_all_to_all, axis_name=axis),
         default=functools.partial(ragged_all_to_all, axis=axis),
     )
@@ -200,21 +222,3 @@ def ragged_all_to_all(
     flat = jnp.sum(jnp.where(covers, flat, 0), axis=(0, 1))
     picked = rows.reshape(-1, operand.shape[1])[flat]
     return jnp.where(jnp.any(covers, axis=(0, 1))[:, None], picked, output)
-
-
-def _forward(floats, others, carriers, route, opposite, rows, axis):
-    arrays = exchange_ragged(floats, others, carriers, route, opposite, rows, axis)
-    senders = (*floats, *others)[0].shape[0]
-    return arrays, (route, opposite, jnp.zeros((senders, 0), jnp.uint8))
-
-
-def _backward(rows, axis, residuals, cotangents):
-    route, opposite, senders = residuals
-    d_floats, _, d_carriers = cotangents
-    returned, _, _ = exchange_ragged(
-        (*d_floats, *d_carriers), (), (), opposite, route, senders.shape[0], axis
-    )
-    return returned[: len(d_floats)], None, returned[len(d_floats) :], None, None
-
-
-exchange_ragged.defvjp(_forward, _backward)

@@ -77,13 +77,17 @@ class Bench:
                 row[f"{kind}_gbs"] = round(moved / us / 1e3) if moved else None
             if errors and name in errors:
                 row["worst_row_error"] = float(f"{errors[name]:.3g}")
-            self.rows.append(row)
-            line = json.dumps(row | self.context)
-            print(line, flush=True)
-            if self.arguments.out:  # at once: an interrupted run keeps what it measured
-                with self.arguments.out.open("a") as file:
-                    file.write(line + "\n")
+            self.keep(row)
         return times
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """Keeps a row and prints it, and writes it at once: an interrupted run keeps its rows."""
+        self.rows.append(row)
+        line = json.dumps(row | self.context)
+        print(line, flush=True)
+        if self.arguments.out:
+            with self.arguments.out.open("a") as file:
+                file.write(line + "\n")
 
     def ceilings(self) -> None:
         """Times what there is: a copy, for its bandwidth, and a product in bfloat16."""
