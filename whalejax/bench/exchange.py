@@ -152,6 +152,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Times every case on all devices."""
     args = sys.argv[1:] if args is None else args
     bench = Bench("exchange", report.parser("exchange", __doc__).parse_args(args), args)
+    bench.context["timer"] = "wall clock"
     mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
     for case in CASES if jax.default_backend() == "gpu" else SMALL:
         time_case(bench, case, mesh)
