@@ -29,6 +29,8 @@ def demo_command(args: Sequence[str]) -> None:
 
 def train_command(args: Sequence[str]) -> None:
     """Train a model, or go on with a run."""
+    import jax
+
     from whalejax.parallel.mesh import MeshConfig
     from whalejax.training.run import TrainConfig, train
 
@@ -39,6 +41,8 @@ def train_command(args: Sequence[str]) -> None:
 
     Train.__doc__ = TrainConfig.__doc__
     config = vars(parse(Train, "train", args))
+    if config["precision"] == "f64":  # before the first array: it changes what arrays there are
+        jax.config.update("jax_enable_x64", True)
     train(TrainConfig(**config | {"mesh": MeshConfig.parse(config["mesh"])}))
 
 

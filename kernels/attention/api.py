@@ -14,7 +14,7 @@ BACKENDS = {
     "chunked": "whalejax.kernels.attention.chunked",
     "reference": "whalejax.kernels.attention.reference",
 }
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def attention(
@@ -31,7 +31,7 @@ def attention(
     Padding at the end of sequences needs no mask while `causal`: no earlier query sees it.
 
     Args:
-      q: `bf16|f16|f32[b, s, h, d_qk]`.
+      q: `bf16|f16|f32|f64[b, s, h, d_qk]`.
       k: `[b, s_k, h, d_qk]` of q's dtype.
       v: `[b, s_k, h, d_v]` of q's dtype.
       scale: factor on the scores before the softmax; a Python number.
@@ -42,7 +42,7 @@ def attention(
         takes these arguments, else chunked.
 
     Returns:
-      `[b, s, h, d_v]` in q's dtype; the softmax is computed in float32.
+      `[b, s, h, d_v]` in q's dtype; the softmax is computed in float32, of float64 in float64.
 
     Raises:
       ValueError: shapes or dtypes do not fit, there are more causal queries than keys, or the

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from whalejax.kernels.accumulation import accumulator
 from whalejax.kernels.attention.tuning import pick
 
 
@@ -38,7 +39,7 @@ class _Plan(NamedTuple):
         return jnp.minimum((seen + self.block - 1) // self.block, every)
 
     def scores(self, q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
-        """Scaled float32 scores of query block i and key block j, -inf where a key is not seen."""
+        """Scaled wide scores of query block i and key block j, -inf where a key is not seen."""
         scores = _product("bhqd,bhkd->bhqk", q, k)
         query = i * self.block + jnp.arange(self.block, dtype=jnp.int32)[:, None]
         key = j * self.block + jnp.arange(self.block, dtype=jnp.int32)[None]
@@ -57,7 +58,7 @@ def why_not(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> str | Non
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of `[b, s, h, d]` arrays: the output, and the log-sum-exp `f32[b, h, s]`."""
+    """Attention of `[b, s, h, d]` arrays: the output, and the log-sum-exp `f32|f64[b, h, s]`."""
     length, key_length = q.shape[1], k.shape[1]
     plan = _Plan(length, key_length, pick(length, key_length).block, scale, causal)
     q, k, v = (_blocks(_heads_first(x), plan.block) for x in (q, k, v))
@@ -78,7 +79,8 @@ def backward(
     """Gradients for q, k and v from what `forward` returned and the output's gradient."""
     length, key_length = q.shape[1], k.shape[1]
     plan = _Plan(length, key_length, pick(length, key_length).block, scale, causal)
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    wide = accumulator(out.dtype)
+    delta = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)
     q, k, v, d_out = (_blocks(_heads_first(x), plan.block) for x in (q, k, v, d_out))
     rows = (lse, delta.transpose(0, 2, 1))
     lse, delta = (_blocks(x[..., None], plan.block)[..., 0] for x in rows)
@@ -106,11 +108,12 @@ def _joined(x, length):  # the inverse of _blocks
 
 
 def _product(equation, x, y):
-    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, x, y, preferred_element_type=accumulator(x.dtype))
 
 
 def _forward(q, k, v, plan):
-    """The output, and the log-sum-exp of every query `f32[blocks, b, h, block]`."""
+    """The output, and the log-sum-exp of every query `f32|f64[blocks, b, h, block]`."""
+    wide = accumulator(q.dtype)
 
     def of_queries(_, xs):
         i, q_i = xs
@@ -127,9 +130,9 @@ def _forward(q, k, v, plan):
 
         # key 0 is seen by every query, so that no maximum stays -inf after the first block
         empty = (
-            jnp.full_like(q_i, -jnp.inf, jnp.float32)[..., 0],
-            jnp.zeros_like(q_i, jnp.float32)[..., 0],
-            jnp.zeros_like(v[0], jnp.float32),
+            jnp.full_like(q_i, -jnp.inf, wide)[..., 0],
+            jnp.zeros_like(q_i, wide)[..., 0],
+            jnp.zeros_like(v[0], wide),
         )
         top, total, out = jax.lax.fori_loop(0, plan.num_key_blocks(i), add, empty)
         return None, ((out / total[..., None]).astype(v.dtype), top + jnp.log(total))
@@ -140,6 +143,7 @@ def _forward(q, k, v, plan):
 
 def _backward(q, k, v, lse, delta, d_out, plan):
     """Gradients in blocks; padded queries have d_out 0 and add nothing to those of the keys."""
+    wide = accumulator(q.dtype)
 
     def of_queries(carry, xs):
         i, q_i, d_out_i, lse_i, delta_i = xs
@@ -155,11 +159,11 @@ def _backward(q, k, v, lse, delta, d_out, plan):
             d_v = d_v.at[j].add(_product("bhqk,bhqd->bhkd", weights, d_out_i))
             return d_q, d_k, d_v
 
-        start = (jnp.zeros_like(q_i, jnp.float32), *carry)
+        start = (jnp.zeros_like(q_i, wide), *carry)
         d_q, *carry = jax.lax.fori_loop(0, plan.num_key_blocks(i), add, start)
         return tuple(carry), d_q.astype(q.dtype)
 
     blocks = jnp.arange(q.shape[0], dtype=jnp.int32)
-    zeros = (jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32))
+    zeros = (jnp.zeros_like(k, wide), jnp.zeros_like(v, wide))
     (d_k, d_v), d_q = jax.lax.scan(of_queries, zeros, (blocks, q, d_out, lse, delta))
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from whalejax.kernels.accumulation import accumulator
+
 
 def why_not(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> str | None:
     """Runs everywhere."""
@@ -12,8 +14,11 @@ def why_not(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> str | Non
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """`softmax(scale * q k^T) v` per head in float32, and the log of the softmax's denominator."""
-    q, k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
+    """`softmax(scale * q k^T) v` per head, and the log of the softmax's denominator.
+
+    Both are computed in float32, of float64 in float64.
+    """
+    q, k, wide_v = (x.astype(accumulator(v.dtype)) for x in (q, k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * scale
     if causal:  # the last query sees the last key
         length, key_length = scores.shape[2:]

@@ -21,15 +21,17 @@ def grouped_matmul(
     """Multiplies the rows of each group by the weight of that group, differentiably.
 
     Args:
-      x: `bf16|f16|f32[M, K]`. Group g's rows start at `sum(ceil(size_i / alignment) * alignment)`
-        over the groups before it; the rows between are padding and may hold anything but NaN.
+      x: `bf16|f16|f32|f64[M, K]`. Group g's rows start at
+        `sum(ceil(size_i / alignment) * alignment)` over the groups before it; the rows between are
+        padding and may hold anything but NaN.
       w: `[G, N, K]` of x's dtype.
       group_sizes: `i32[G]`, rows of each group without padding.
       alignment: multiple of rows on which groups start; M is a multiple of it.
       implementation: `"tiled"`, `"ragged_dot"`, or None for the first that can run.
 
     Returns:
-      `[M, N]` in x's dtype, accumulated in float32; padding rows are zero.
+      `[M, N]` in x's dtype, accumulated in float32 or, of float64, in float64; padding rows are
+      zero.
 
     Raises:
       ValueError: shapes or dtypes do not fit; prints them.

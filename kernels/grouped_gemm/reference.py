@@ -7,6 +7,7 @@ oracle and not the default.
 import jax
 import jax.numpy as jnp
 
+from whalejax.kernels.accumulation import accumulator
 from whalejax.kernels.groups import aligned, real_rows
 
 
@@ -27,7 +28,7 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment
             lhs_ragged_dimensions=[0],
             rhs_group_dimensions=[0],
         ),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=accumulator(x.dtype),
     )
     return jnp.where(real_rows(group_sizes, x.shape[0], alignment)[:, None], product, 0).astype(
         x.dtype

@@ -8,6 +8,7 @@ the gathered weights cost memory (tiles x N x K), which suits small experts and 
 import jax
 import jax.numpy as jnp
 
+from whalejax.kernels.accumulation import accumulator
 from whalejax.kernels.groups import group_of_tiles, real_rows
 
 
@@ -21,7 +22,8 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, alignment
     num_tiles = x.shape[0] // alignment
     tiles = x.reshape(num_tiles, alignment, x.shape[1])
     weights = gather_weights(w, group_of_tiles(group_sizes, num_tiles, alignment))
-    product = jnp.einsum("tmk,tnk->tmn", tiles, weights, preferred_element_type=jnp.float32)
+    wide = accumulator(x.dtype)
+    product = jnp.einsum("tmk,tnk->tmn", tiles, weights, preferred_element_type=wide)
     product = product.reshape(x.shape[0], w.shape[1])
     return jnp.where(real_rows(group_sizes, x.shape[0], alignment)[:, None], product, 0).astype(
         x.dtype
@@ -42,7 +44,7 @@ def _gather_backward(residuals, d_tiles):
     tile_group, num_groups = residuals
     members = jax.nn.one_hot(tile_group, num_groups, dtype=d_tiles.dtype, axis=0)
     flat = d_tiles.reshape(d_tiles.shape[0], -1)
-    d_w = jnp.dot(members, flat, preferred_element_type=jnp.float32)
+    d_w = jnp.dot(members, flat, preferred_element_type=accumulator(flat.dtype))
     return d_w.reshape(num_groups, *d_tiles.shape[1:]).astype(d_tiles.dtype), None
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from whalejax.kernels.accumulation import accumulator
 from whalejax.kernels.groups import aligned, exclusive_cumsum, group_of_tiles
 
 
@@ -117,7 +118,8 @@ def _permute_forward(x, permutation):
 
 def _permute_backward(permutation, d_rows):
     picked = d_rows.at[permutation.row_of].get(mode="fill", fill_value=0)
-    return jnp.sum(picked.astype(jnp.float32), axis=1).astype(d_rows.dtype), None
+    wide = accumulator(d_rows.dtype)
+    return jnp.sum(picked.astype(wide), axis=1).astype(d_rows.dtype), None
 
 
 permute.defvjp(_permute_forward, _permute_backward)
@@ -125,20 +127,21 @@ permute.defvjp(_permute_forward, _permute_backward)
 
 @jax.custom_vjp
 def unpermute(rows: jax.Array, weights: jax.Array | None, permutation: Permutation) -> jax.Array:
-    """Sums the experts' rows of each token, weighted, in float32.
+    """Sums the experts' rows of each token, weighted, in float32 or, of float64 rows, in float64.
 
     Args:
       rows: `[rows, H]`, the experts' outputs.
-      weights: `f32[T, k]`; None for ones.
+      weights: `f32|f64[T, k]`; None for ones.
       permutation: the one that `permute` used.
 
     Returns:
       `[T, H]` in the dtype of `rows`.
     """
-    picked = rows.at[permutation.row_of].get(mode="fill", fill_value=0).astype(jnp.float32)
+    wide = accumulator(rows.dtype)
+    picked = rows.at[permutation.row_of].get(mode="fill", fill_value=0).astype(wide)
     if weights is None:
         return jnp.sum(picked, axis=1).astype(rows.dtype)
-    return jnp.einsum("tkh,tk->th", picked, weights).astype(rows.dtype)
+    return jnp.einsum("tkh,tk->th", picked, weights.astype(wide)).astype(rows.dtype)
 
 
 def _unpermute_forward(rows, weights, permutation):
@@ -149,15 +152,16 @@ def _unpermute_forward(rows, weights, permutation):
 
 def _unpermute_backward(residuals, dy):
     rows, weights, permutation = residuals
+    wide = accumulator(rows.dtype)
     k = permutation.row_of.shape[1]
     dy_of_row = dy.at[permutation.source // k].get(mode="fill", fill_value=0)
     if weights is None:
         return dy_of_row.astype(rows.dtype), None, None
     weight_of_row = weights.reshape(-1).at[permutation.source].get(mode="fill", fill_value=0)
-    d_rows = (dy_of_row.astype(jnp.float32) * weight_of_row[:, None]).astype(rows.dtype)
+    d_rows = dy_of_row.astype(wide) * weight_of_row[:, None].astype(wide)
     picked = rows.at[permutation.row_of].get(mode="fill", fill_value=0)
-    d_weights = jnp.einsum("tkh,th->tk", picked.astype(jnp.float32), dy.astype(jnp.float32))
-    return d_rows, d_weights, None
+    d_weights = jnp.einsum("tkh,th->tk", picked.astype(wide), dy.astype(wide))
+    return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), None
 
 
 unpermute.defvjp(_unpermute_forward, _unpermute_backward)

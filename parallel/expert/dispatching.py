@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from whalejax.kernels.accumulation import accumulator
 from whalejax.kernels.permutation import Permutation, num_rows, plan_permutation, unpermute
 from whalejax.kernels.quantization import QuantizedArray
 from whalejax.parallel.expert.exchange import Route, send, send_again, send_back
@@ -44,8 +45,8 @@ class Handle:
     Attributes:
       hops: plans of what each axis is sent, the first axis first; none if all is gathered.
       local: of arrived tokens to the rows of this rank's experts, or how ragged rows get there.
-      weights: `f32[arrived, k]`, of arrived tokens for this rank's experts; of ragged rows, which
-        are weighted at home, `f32[T, k]`.
+      weights: `f32|f64[arrived, k]`, of arrived tokens for this rank's experts; of ragged rows,
+        which are weighted at home, `[T, k]`.
       axes: names of the axes.
       rows: of this rank's experts.
     """
@@ -127,7 +128,7 @@ def dispatch(
     Args:
       x: `bf16|f16|f32|f64[T, H]`, this rank's tokens; T the same on all ranks.
       topk_idx: `i32[T, k]`, their experts, each at most once for a token; -1 for no choice.
-      topk_weights: `f32[T, k]`, their weights.
+      topk_weights: `f32|f64[T, k]`, their weights.
       placement: where experts are.
       axis: of the mesh; of two, `(node, expert)`, a token crosses the first once for each node
         and is sent on inside it.
@@ -159,7 +160,7 @@ def dispatch(
         _check_shapes(x, topk_idx, topk_weights)
         route = Route(axes, sizes, placement.slots_per_rank, quantized, alignment, **limits)
         slots = placement.slots_of(topk_idx, lax.axis_index(axes))
-        choice = slots, topk_weights.astype(jnp.float32)
+        choice = slots, topk_weights.astype(accumulator(x.dtype))
         payload, handle = _send(payload, *choice, route, method)
     else:
         _check_handle(x, topk_idx, topk_weights, axes, handle)
@@ -180,7 +181,7 @@ def combine(y: jax.Array, handle: Handle) -> jax.Array:
 
     Returns:
       `[T, H]` in y's dtype: weighted and summed in float32 on each rank, sent in y's dtype, summed
-      in float32. Tokens without a choice are zero.
+      in float32; of float64 all in float64. Tokens without a choice are zero.
 
     Raises:
       ValueError: y is not of the handle's rows; prints both.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from whalejax.kernels.accumulation import accumulator
 from whalejax.kernels.permutation import Permutation, permute, plan_permutation, unpermute
 from whalejax.parallel.expert.packing import num_words, pack, unpack
 from whalejax.parallel.expert.payload import Payload, gradient_of_rows, rows_of_gradient
@@ -184,9 +185,9 @@ send_again.defvjp(_again_forward, _again_backward)
 
 
 def send_back(rows: jax.Array, hops: tuple[Permutation, ...], axes: tuple[str, ...]) -> jax.Array:
-    """Sums `[arrived, H]` rows where their tokens came from, in float32."""
+    """Sums `[arrived, H]` rows where their tokens came from, in float32 or wider."""
     if not hops:
-        total = lax.psum_scatter(rows.astype(jnp.float32), axes, tiled=True)
+        total = lax.psum_scatter(rows.astype(accumulator(rows.dtype)), axes, tiled=True)
         return total.astype(rows.dtype)
     for axis, hop in zip(reversed(axes), reversed(hops), strict=True):
         rows = unpermute(swap(rows, axis), None, hop)

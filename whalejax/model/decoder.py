@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from whalejax.kernels.accumulation import accumulator
 from whalejax.kernels.mla import mla_workers, plan_mla_decode
 from whalejax.model.config import ModelConfig
 from whalejax.model.linear import Precision
@@ -53,6 +54,12 @@ class Execution:
             raise ValueError(
                 f"rematerialise={self.rematerialise!r} is unknown; there are "
                 f"{', '.join(REMATERIALISATION)}"
+            )
+        # without x64 JAX would make every float64 a float32
+        if self.precision.dtype == jnp.float64 and not jax.config.jax_enable_x64:
+            raise ValueError(
+                f"precision={self.precision} needs jax_enable_x64, which is "
+                f"{jax.config.jax_enable_x64}: set it before the first array is made"
             )
 
 
@@ -105,7 +112,7 @@ class Decoder(nnx.Module):
         self.lm_head = init.normal(config.vocab_size, config.hidden_size)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits `f32[b, t, vocab]` of the token after each of `i32[b, t]`."""
+        """Logits `f32|f64[b, t, vocab]` of the token after each of `i32[b, t]`."""
         return logits(self, forward(self, tokens).hidden)
 
 
@@ -116,7 +123,7 @@ class Forward(NamedTuple):
       hidden: `[b, t, hidden]`, after the final norm.
       latents: `[layers, b, t, cache_dim]`, what decode needs of these tokens.
       load: `i32[moe_layers, E]`, tokens of each expert.
-      balance_loss: `f32[]`, mean over the MoE layers; 0 without any.
+      balance_loss: `f32|f64[]`, mean over the MoE layers; 0 without any.
     """
 
     hidden: jax.Array
@@ -132,9 +139,10 @@ def embed(model: Decoder, tokens: jax.Array, dtype: Any = None) -> jax.Array:
 
 
 def logits(model: Decoder, hidden: jax.Array) -> jax.Array:
-    """Scores of every token of the vocabulary, `f32[..., vocab]`."""
+    """Scores of every token of the vocabulary, `f32|f64[..., vocab]`."""
     head = read(model.lm_head).astype(hidden.dtype)
-    return jnp.einsum("...h,vh->...v", hidden, head, preferred_element_type=jnp.float32)
+    wide = accumulator(hidden.dtype)
+    return jnp.einsum("...h,vh->...v", hidden, head, preferred_element_type=wide)
 
 
 def feed_forward(
@@ -199,12 +207,13 @@ def forward(
     """
     config = model.config
     x = embed(model, tokens, execution.precision.dtype)
-    angles = positions_angles(tokens, positions, config)
+    angles = positions_angles(tokens, positions, config, x.dtype)
 
     def layer(p, x):
         return decoder_layer(p, x, angles, config, execution)
 
-    kept, load, balance = [], jnp.zeros((0, 0), jnp.int32), jnp.float32(0)
+    kept, load = [], jnp.zeros((0, 0), jnp.int32)
+    balance = jnp.zeros((), accumulator(x.dtype))
     if config.num_dense_layers:
         x, (latent, _) = scan_layers(
             layer, model.dense_layers, x, rematerialise=execution.rematerialise
@@ -220,11 +229,13 @@ def forward(
     return Forward(hidden, jnp.concatenate(kept), load, balance)
 
 
-def positions_angles(tokens: jax.Array, positions: jax.Array | None, config: ModelConfig) -> Rotary:
-    """Rotary angles of `positions`, or of 0 to t-1."""
+def positions_angles(
+    tokens: jax.Array, positions: jax.Array | None, config: ModelConfig, dtype: Any
+) -> Rotary:
+    """Rotary angles of `positions`, or of 0 to t-1, for activations of `dtype`."""
     if positions is None:
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    return rotary(positions, config.mla)
+    return rotary(positions, config.mla, dtype)
 
 
 def decode(
@@ -251,7 +262,7 @@ def decode(
     config = model.config
     x = embed(model, tokens, execution.precision.dtype)
     new = jnp.arange(-tokens.shape[1], 0, dtype=jnp.int32)
-    angles = rotary(jnp.maximum(lengths[:, None] + new[None], 0), config.mla)
+    angles = rotary(jnp.maximum(lengths[:, None] + new[None], 0), config.mla, x.dtype)
 
     # the cache is one array of all layers' pages, which each layer's table points into: so that it
     # is written where it lies, and no layer's part is copied

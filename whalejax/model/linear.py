@@ -1,10 +1,11 @@
 """The one linear: every weight matmul of the model goes through here.
 
-A weight is `[out, in]`, as Hugging Face stores it. Products accumulate in float32 and come back in
-the activations' dtype, so the activations' dtype is the precision of the computation: float32
-master weights with bfloat16 activations compute in bfloat16. In FP8 activations stay bfloat16 and
-the three matmuls of a linear round their operands (DeepSeek-V3, arXiv 2412.19437, section 3.3);
-embedding, head, router and norms are no linears of this kind and keep their precision.
+A weight is `[out, in]`, as Hugging Face stores it. Products accumulate in float32, of float64
+in float64, and come back in the activations' dtype, so the activations' dtype is the precision of
+the computation: float32 master weights with bfloat16 activations compute in bfloat16. In FP8
+activations stay bfloat16 and the three matmuls of a linear round their operands (DeepSeek-V3,
+arXiv 2412.19437, section 3.3); embedding, head, router and norms are no linears of this kind and
+keep their precision.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from whalejax.kernels.accumulation import accumulator
 from whalejax.kernels.fp8_gemm import fp8_linear, fp8_matmul
 from whalejax.kernels.grouped_gemm import fp8_grouped_linear, fp8_grouped_matmul, grouped_matmul
 from whalejax.kernels.quantization import QuantizedArray, quantize
@@ -34,8 +36,14 @@ class Precision:
     dtype: Any = None
     fp8: bool = False
 
+    @property
+    def master(self) -> Any:
+        """The dtype of weights in training and of their moments: float32, float64 for float64."""
+        return accumulator(jnp.float32 if self.dtype is None else self.dtype)
+
 
 PRECISIONS = {
+    "f64": Precision(dtype=jnp.float64),
     "f32": Precision(dtype=jnp.float32),
     "bf16": Precision(dtype=jnp.bfloat16),
     "fp8": Precision(dtype=jnp.bfloat16, fp8=True),
@@ -56,13 +64,14 @@ def linear(
     """Multiplies by a weight.
 
     Args:
-      x: `bf16|f32[..., K]`.
+      x: `bf16|f32|f64[..., K]`.
       w: `[N, K]` of any float dtype, or an FP8 `QuantizedArray`; or a tuple of such weights.
       fp8: multiply in FP8, in the gradients too; an FP8 weight is used as it is. x is rounded once
         for all weights.
 
     Returns:
-      `x @ w.T`, `[..., N]` in x's dtype, accumulated in float32; or a tuple of them.
+      `x @ w.T`, `[..., N]` in x's dtype, accumulated in float32 or float64; or a tuple of
+      them.
     """
     # XLA:CPU multiplies matrices up to twice as fast as it contracts arrays of three axes
     rows = x.reshape(-1, x.shape[-1])
@@ -80,7 +89,10 @@ def linear(
 
 def _multiply(rows, w):
     product = jax.lax.dot_general(
-        rows, weight_in(w, rows.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        rows,
+        weight_in(w, rows.dtype),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=accumulator(rows.dtype),
     )
     return product.astype(rows.dtype)
 
@@ -97,7 +109,7 @@ def grouped_linear(
     """Multiplies each group of rows by the weight of its expert.
 
     Args:
-      x: `bf16|f32[M, K]`, rows sorted by expert; or FP8, as `dispatch` sends them.
+      x: `bf16|f32|f64[M, K]`, rows sorted by expert; or FP8, as `dispatch` sends them.
       w: `[G, N, K]`, or a tuple of such weights.
       group_sizes: `i32[G]`, rows of each expert.
       alignment: every expert's rows start on a multiple of this; 128 in FP8.

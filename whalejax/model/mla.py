@@ -92,7 +92,7 @@ def attend_expanded(
 
     Args:
       p: weights of one layer.
-      x: `bf16|f32[b, t, hidden]`.
+      x: `bf16|f32|f64[b, t, hidden]`.
       angles: of the positions of x.
       config: sizes.
       implementation: of `kernels.attention`.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from whalejax.kernels.accumulation import accumulator
 from whalejax.kernels.permutation import permute, plan_permutation, unpermute
 from whalejax.model.config import MoEConfig
 from whalejax.model.linear import grouped_linear, linear
@@ -60,8 +61,8 @@ class Routing(NamedTuple):
 
     Attributes:
       topk_idx: `i32[..., k]`, experts.
-      topk_weights: `f32[..., k]`, their weights.
-      scores: `f32[..., E]`, affinities before bias and normalisation.
+      topk_weights: `f32|f64[..., k]`, their weights.
+      scores: `f32|f64[..., E]`, affinities before bias and normalisation.
     """
 
     topk_idx: jax.Array
@@ -83,22 +84,22 @@ def mlp(p: MLP, x: jax.Array, *, fp8: bool = False) -> jax.Array:
 
 
 def route(p: Router, x: jax.Array, config: MoEConfig) -> Routing:
-    """Chooses experts and weighs them, in float32.
+    """Chooses experts and weighs them, in float32 or float64.
 
     V3's choice (`noaux_tc`) sees scores plus bias, its weights the scores alone. V2's weights are
     normalised *or* scaled by `routed_scaling_factor`, V3's both, as published.
 
     Args:
       p: the router's weights.
-      x: `[..., hidden]`.
+      x: `[..., hidden]`; the choice is made in float64 where it is, else in float32.
       config: sizes and method.
     """
-    logits = linear(x.astype(jnp.float32), p.weight)
+    logits = linear(x.astype(accumulator(x.dtype)), p.weight)
     sigmoid = config.scoring_func == "sigmoid"
     scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
     choice = scores
     if config.topk_method == "noaux_tc":
-        bias = read(p.e_score_correction_bias)
+        bias = read(p.e_score_correction_bias).astype(scores.dtype)
         choice = scores + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))
     if config.topk_method != "greedy" and config.topk_group < config.n_group:
         choice = limit_to_groups(choice, config)
@@ -132,7 +133,8 @@ def balance_loss(routing: Routing, num_experts: int) -> jax.Array:
       routing: of `[b, t]` tokens.
       num_experts: E.
     """
-    chosen = jnp.sum(jax.nn.one_hot(routing.topk_idx, num_experts, dtype=jnp.float32), axis=2)
+    one_hot = jax.nn.one_hot(routing.topk_idx, num_experts, dtype=routing.scores.dtype)
+    chosen = jnp.sum(one_hot, axis=2)
     share = jnp.mean(chosen, axis=1) * (num_experts / routing.topk_idx.shape[-1])
     normalised = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
     return jnp.mean(jnp.sum(share * jnp.mean(normalised, axis=1), axis=-1))
@@ -181,7 +183,7 @@ def moe(
 
     Args:
       p: weights of one layer.
-      x: `bf16|f32[b, t, hidden]`.
+      x: `bf16|f32|f64[b, t, hidden]`.
       config: sizes and routing.
       mesh: where the batch is sharded over `BATCH_AXES`, each device sorts its own tokens; where
         it has several ranks of the `expert` axis, they go to the ranks of their experts.

@@ -29,7 +29,7 @@ class MTPForward(NamedTuple):
     Attributes:
       hidden: `[depth, b, t, hidden]`, normed; the last k positions of depth k are meaningless.
       load: `i32[depth, E]`, tokens of each expert.
-      balance_loss: `f32[]`, mean over the depths.
+      balance_loss: `f32|f64[]`, mean over the depths.
     """
 
     hidden: jax.Array
@@ -55,7 +55,7 @@ def predict_further(
     depths = config.num_nextn_predict_layers
     if not depths:
         raise ValueError("num_nextn_predict_layers=0: the model has no MTP modules")
-    angles = positions_angles(tokens, None, config)
+    angles = positions_angles(tokens, None, config, hidden.dtype)
     shifted = jnp.stack([jnp.roll(tokens, -depth, axis=1) for depth in range(1, depths + 1)])
 
     project = on_own_batch(

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from whalejax.kernels.accumulation import accumulator
+
 
 class RouterBias(nnx.Variable):
     """V3's correction bias: moved by the loads of the experts, never by a gradient."""
@@ -42,8 +44,8 @@ class Initializer:
         return nnx.Param(jnp.ones(self.shape(size), self.dtype))
 
     def bias(self, size: int) -> RouterBias:
-        """A router's correction bias, float32 zeros."""
-        return RouterBias(jnp.zeros(self.shape(size), jnp.float32))
+        """A router's correction bias, zeros: float32, beside float64 weights float64."""
+        return RouterBias(jnp.zeros(self.shape(size), accumulator(self.dtype)))
 
 
 def read(variable: Any) -> Any:
@@ -52,17 +54,17 @@ def read(variable: Any) -> Any:
 
 
 def rms_norm(x: jax.Array, weight: Any, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis (arXiv 1910.07467), in float32.
+    """Root-mean-square norm over the last axis (arXiv 1910.07467), in float32 or float64.
 
     Args:
-      x: `bf16|f32[..., H]`.
+      x: `bf16|f32|f64[..., H]`; computed in float64 where it is, else in float32.
       weight: `[H]`.
       eps: added to the mean square.
 
     Returns:
       `[..., H]` in x's dtype.
     """
-    wide = x.astype(jnp.float32)
+    wide = x.astype(accumulator(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    weight = jnp.expand_dims(read(weight).astype(jnp.float32), tuple(range(x.ndim - 1)))
+    weight = jnp.expand_dims(read(weight).astype(wide.dtype), tuple(range(x.ndim - 1)))
     return (normed * weight).astype(x.dtype)

@@ -1,26 +1,31 @@
 """Rotary position embedding over interleaved pairs, stretched by YaRN where configured."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from whalejax.kernels.accumulation import accumulator
 from whalejax.model.config import MLAConfig, YarnConfig
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the positions: `f32[b, t, qk_rope_head_dim / 2]` each."""
+    """Cosines and sines of the positions: `f32|f64[b, t, qk_rope_head_dim / 2]` each."""
 
     cos: jax.Array
     sin: jax.Array
 
 
-def rotary(positions: jax.Array, config: MLAConfig) -> Rotary:
-    """Angles of `positions` (`i32[b, t]`), times YaRN's magnitude where it is not 1."""
-    frequencies = jnp.asarray(inverse_frequencies(config), jnp.float32)
-    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
+def rotary(positions: jax.Array, config: MLAConfig, dtype: Any = jnp.float32) -> Rotary:
+    """Angles of `positions` (`i32[b, t]`), times YaRN's magnitude where it is not 1.
+
+    They are float32, for activations of `dtype` float64 float64.
+    """
+    wide = accumulator(dtype)
+    frequencies = jnp.asarray(inverse_frequencies(config), wide)
+    angles = positions[..., None].astype(wide) * frequencies[None, None]
     magnitude = 1.0
     if config.yarn is not None:
         yarn = config.yarn
@@ -29,18 +34,18 @@ def rotary(positions: jax.Array, config: MLAConfig) -> Rotary:
 
 
 def rotate(x: jax.Array, angles: Rotary) -> jax.Array:
-    """Turns each pair `(x[2i], x[2i + 1])` by its angle, in float32.
+    """Turns each pair `(x[2i], x[2i + 1])` by its angle, in float32, of float64 in float64.
 
     Args:
-      x: `bf16|f32[b, t, h, qk_rope_head_dim]`.
+      x: `bf16|f32|f64[b, t, h, qk_rope_head_dim]`.
       angles: of the same `b, t` (b may be 1).
 
     Returns:
       The same shape and dtype.
     """
-    wide = x.astype(jnp.float32)
+    wide = x.astype(accumulator(x.dtype))
     even, odd = wide[..., 0::2], wide[..., 1::2]
-    cos, sin = angles.cos[:, :, None], angles.sin[:, :, None]
+    cos, sin = (a[:, :, None].astype(wide.dtype) for a in angles)
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
 

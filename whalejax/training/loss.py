@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from whalejax.kernels.accumulation import accumulator
 from whalejax.model.decoder import Decoder, Execution, forward, logits
 from whalejax.model.mtp import predict_further
 
@@ -34,7 +35,7 @@ class Losses(NamedTuple):
     """Parts of the loss in nats a token, and what the router reported.
 
     Attributes:
-      main, mtp, balance: `f32[]`.
+      main, mtp, balance: `f32|f64[]`.
       load: `i32[moe_layers, E]`, tokens of each expert.
       mtp_load: `i32[depths, E]`, the same in the MTP modules.
     """
@@ -61,9 +62,9 @@ def cross_entropy(
 
     Args:
       model: for its head.
-      hidden: `bf16|f32[b, t, hidden]`, normed.
+      hidden: `bf16|f32|f64[b, t, hidden]`, normed.
       labels: `i32[b, t]`.
-      weights: `f32[b, t]`.
+      weights: `f32|f64[b, t]`.
     """
     batch, length, width = hidden.shape
     chunk = chunk_length(batch, length, model.config.vocab_size)
@@ -77,11 +78,12 @@ def cross_entropy(
         scores = logits(model, hidden)
         chosen = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
         nll = jax.nn.logsumexp(scores, axis=-1) - chosen
-        return total + jnp.sum(nll * weights), None
+        return total + jnp.sum(nll * weights.astype(nll.dtype)), None
 
     with jax.named_scope("cross_entropy"):
         chunks = (split(hidden), split(labels), split(weights))
-        return jax.lax.scan(of_chunk, jnp.float32(0), chunks)[0]
+        zero = jnp.zeros((), accumulator(hidden.dtype))
+        return jax.lax.scan(of_chunk, zero, chunks)[0]
 
 
 def training_loss(
@@ -93,9 +95,9 @@ def training_loss(
     """
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     out = forward(model, inputs, execution)
-    ones = jnp.ones(labels.shape, jnp.float32)
+    ones = jnp.ones(labels.shape, accumulator(out.hidden.dtype))
     main = cross_entropy(model, out.hidden, labels, ones) / labels.size
-    mtp, balance, mtp_load = jnp.float32(0), out.balance_loss, jnp.zeros((0, 0), jnp.int32)
+    mtp, balance, mtp_load = jnp.zeros_like(main), out.balance_loss, jnp.zeros((0, 0), jnp.int32)
     depths = model.config.num_nextn_predict_layers
     if depths:
         further = predict_further(model, out.hidden, inputs, execution)
@@ -115,6 +117,6 @@ def training_loss(
 def heldout_loss(
     model: Decoder, tokens: jax.Array, weights: jax.Array, execution: Execution
 ) -> jax.Array:
-    """Sum of the next-token losses of `i32[b, t + 1]` tokens, weighted by `f32[b, t]`, in nats."""
+    """Sum of the next-token losses of `i32[b, t + 1]` tokens, weighted by `[b, t]`, in nats."""
     out = forward(model, tokens[:, :-1], execution)
     return cross_entropy(model, out.hidden, tokens[:, 1:], weights)

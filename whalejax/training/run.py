@@ -18,7 +18,7 @@ from whalejax.data import corpus as corpora
 from whalejax.data.loader import batch_at
 from whalejax.data.tokens import join
 from whalejax.model.config import ModelConfig
-from whalejax.model.decoder import Execution
+from whalejax.model.decoder import Decoder, Execution
 from whalejax.model.linear import PRECISIONS
 from whalejax.model.sharding import batch_sharding
 from whalejax.parallel.mesh import BATCH_AXES, EXPERT, MeshConfig, make_mesh
@@ -63,8 +63,9 @@ class TrainConfig:
       batch_size: sequences a step, all microbatches and devices together.
       length: tokens of a sequence.
       accumulate: microbatches a step.
-      precision: of the computation: f32, bf16, or fp8 (bf16 activations, matmuls of weights and
-        their gradients in FP8); weights and optimiser stay float32.
+      precision: of the computation: f64, f32, bf16, or fp8 (bf16 activations, matmuls of weights
+        and their gradients in FP8); weights and optimiser are float64 in f64, else float32. f64
+        needs jax_enable_x64, which the command line sets.
       rematerialise: what the backward pass computes again: none, full or dots.
       eval_every: steps between held-out losses; 0 for none but the last.
       save_every: steps between checkpoints.
@@ -86,7 +87,7 @@ class TrainConfig:
     batch_size: int = 16
     length: int = 256
     accumulate: int = 1
-    precision: Literal["f32", "bf16", "fp8"] = "f32"
+    precision: Literal["f64", "f32", "bf16", "fp8"] = "f32"
     rematerialise: str = "none"
     eval_every: int = 0
     save_every: int = 200
@@ -231,7 +232,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.export:
         stage("exporting the weights")
         save_pretrained(
-            model_of(ready.model, state),
+            exported(ready, state),
             config.out / "model",
             tokenizer=ready.tokenizer,
             overwrite=True,
@@ -242,6 +243,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "tokens_per_s": speed,
         "skipped": int(state.skipped),
     }
+
+
+def exported(ready: Prepared, state: TrainState) -> Decoder:
+    """The model that is written: float64 weights as float32, which other programs read."""
+    model = model_of(ready.model, state)
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, model)
 
 
 def record(config: TrainConfig, ready: Prepared) -> None:
@@ -284,7 +291,8 @@ def first_state(
     if config.from_pretrained is None:
         return init_state(ready.model, ready.step, ready.mesh, config.seed), 0
     stage(f"loading {config.from_pretrained}")
-    model = from_pretrained(config.from_pretrained, dtype=np.dtype("float32"))
+    master = ready.step.execution.precision.master
+    model = from_pretrained(config.from_pretrained, dtype=master)
     abstract = abstract_state(ready.model, ready.step, ready.mesh)
     out = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 

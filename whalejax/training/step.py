@@ -52,7 +52,7 @@ class TrainState:
     """Everything that a step changes, and so everything that a checkpoint holds.
 
     Attributes:
-      params: float32 master weights.
+      params: float32 master weights, or float64 where the computation is.
       router_bias: the routers' correction biases.
       opt_state: of the optimiser.
       step: `i32[]`, steps done, skipped ones included.
@@ -88,7 +88,7 @@ def state_of(model: Decoder, config: StepConfig) -> TrainState:
 
 def abstract_state(model: ModelConfig, config: StepConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without its arrays."""
-    state = jax.eval_shape(lambda: state_of(Decoder(model, rngs=nnx.Rngs(0)), config))
+    state = jax.eval_shape(lambda: state_of(draw(model, config, jax.random.key(0)), config))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
@@ -99,10 +99,14 @@ def abstract_state(model: ModelConfig, config: StepConfig, mesh: Mesh) -> TrainS
 def init_state(model: ModelConfig, config: StepConfig, mesh: Mesh, seed: int) -> TrainState:
     """Draws the weights, each device its own shards."""
     out = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config, mesh))
-    make = jax.jit(
-        lambda key: state_of(Decoder(model, rngs=nnx.Rngs(params=key)), config), out_shardings=out
-    )
+    make = jax.jit(lambda key: state_of(draw(model, config, key), config), out_shardings=out)
     return make(jax.random.key(seed))
+
+
+def draw(model: ModelConfig, config: StepConfig, key: jax.Array) -> Decoder:
+    """Fresh weights, in the dtype that the optimiser keeps them in."""
+    dtype = config.execution.precision.master
+    return Decoder(model, rngs=nnx.Rngs(params=key), dtype=dtype)
 
 
 def train_step(
@@ -187,7 +191,7 @@ def balance_routers(router_bias: Any, parts: Losses, speed: float) -> Any:
 
     def move(path, bias):
         load = parts.mtp_load if "mtp_layers" in jax.tree_util.keystr(path) else parts.load
-        load = load.astype(jnp.float32)
+        load = load.astype(bias.dtype)
         return bias + speed * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
 
     return jax.tree_util.tree_map_with_path(move, router_bias)
@@ -210,7 +214,7 @@ def compile_step(model: ModelConfig, config: StepConfig, mesh: Mesh) -> Callable
 
 @functools.lru_cache(maxsize=8)
 def compile_heldout(model: ModelConfig, execution: Execution, mesh: Mesh) -> Callable:
-    """`heldout_loss` of a state, jitted: `(params, router_bias, tokens, weights) -> f32[]`."""
+    """`heldout_loss` of a state, jitted: `(params, router_bias, tokens, weights) -> f32|f64[]`."""
     graphdef = graphdef_of(model)
 
     def loss(params, router_bias, tokens, weights):

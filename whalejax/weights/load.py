@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from whalejax.kernels.accumulation import accumulator
 from whalejax.kernels.quantization import QuantizedArray
 from whalejax.kernels.quantization.array import scales_shape
 from whalejax.model.config import ModelConfig
@@ -172,7 +173,7 @@ def assemble(
     else:
         target = plain.pop() if len(plain) == 1 else FLOATS[0]  # float32 holds every mixture
     if router_bias:
-        target = jnp.dtype(jnp.float32)  # a bfloat16 bias could not move by gamma
+        target = accumulator(target)  # a bfloat16 bias could not move by gamma
 
     def read(slot: Slot) -> np.ndarray:
         tensor = stored[slot.name].read()
