@@ -32,15 +32,18 @@ def train_command(args: Sequence[str]) -> None:
     import jax
 
     from whalejax.parallel.mesh import MeshConfig
+    from whalejax.parallel.runtime import JobConfig, join
     from whalejax.training.run import TrainConfig, train
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Train(TrainConfig):
         from_pretrained: Annotated[Path | None, tyro.conf.arg(name="from")] = None
         mesh: str = str(MeshConfig())
+        job: Annotated[JobConfig, tyro.conf.arg(name="")] = JobConfig()
 
     Train.__doc__ = TrainConfig.__doc__
     config = vars(parse(Train, "train", args))
+    join(config.pop("job"))
     if config["precision"] == "f64":  # before the first array: it changes what arrays there are
         jax.config.update("jax_enable_x64", True)
     train(TrainConfig(**config | {"mesh": MeshConfig.parse(config["mesh"])}))

@@ -40,10 +40,15 @@ class Bar:
 
 
 @contextmanager
-def progress(description: str, *, total: int, completed: int = 0) -> Iterator[Bar]:
-    """Shows the progress of `total` steps of which `completed` are done already."""
+def progress(
+    description: str, *, total: int, completed: int = 0, shown: bool = True
+) -> Iterator[Bar]:
+    """Shows the progress of `total` steps of which `completed` are done already, if `shown`."""
     from rich.console import Console
 
+    if not shown:
+        yield Bar(_nothing, description, total, completed)
+        return
     console = Console()
     with _live(console) if console.is_terminal else _plain(console) as show:
         yield Bar(show, description, total, completed)
@@ -74,6 +79,13 @@ def _live(console: Any) -> Iterator[Any]:
 
         show.interval = 0.1
         yield show
+
+
+def _nothing(description: str, done: int, total: int, text: str) -> None:
+    pass
+
+
+_nothing.interval = math.inf
 
 
 @contextmanager

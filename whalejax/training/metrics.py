@@ -15,10 +15,18 @@ PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "H800": 989.0}
 
 
 class MetricsFile:
-    """Appends to `metrics.jsonl`; on resumption forgets what lies after the restored step."""
+    """Appends to `metrics.jsonl`; on resumption forgets what lies after the restored step.
 
-    def __init__(self, path: Path, *, resume_step: int):
-        self.path = path
+    Args:
+      path: of the file.
+      resume_step: the restored step; 0 for a new run.
+      writes: False for a process of several that leaves the file to another.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int, writes: bool = True):
+        self.path, self.writes = path, writes
+        if not writes:
+            return
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -26,6 +34,8 @@ class MetricsFile:
 
     def write(self, **values: Any) -> None:
         """Appends one line; arrays become lists, numbers Python's."""
+        if not self.writes:
+            return
         plain = {name: _plain(value) for name, value in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(plain) + "\n")

@@ -22,6 +22,7 @@ from whalejax.model.decoder import Decoder, Execution
 from whalejax.model.linear import PRECISIONS
 from whalejax.model.sharding import batch_sharding
 from whalejax.parallel.mesh import BATCH_AXES, EXPERT, MeshConfig, make_mesh
+from whalejax.parallel.runtime import is_first, on_first, whole
 from whalejax.presets import preset
 from whalejax.progress import progress, stage
 from whalejax.tokenizer import ByteTokenizer, Tokenizer, load
@@ -207,6 +208,9 @@ def prepare(config: TrainConfig) -> Prepared:
 def train(config: TrainConfig) -> dict[str, Any]:
     """Runs, or goes on with, a training run.
 
+    Of several processes all call it, with `config.out` on storage that they share; the first one
+    writes what is no checkpoint.
+
     Returns:
       A summary: steps done, the last training loss, the held-out loss, tokens/s.
 
@@ -216,22 +220,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
       FloatingPointError: MAX_BAD_STEPS steps in a row were not finite.
     """
     ready = prepare(config)
-    record(config, ready)
+    on_first(record, config, ready)
     stop = config.steps if config.stop_at is None else min(config.stop_at, config.steps)
     with Checkpoints(config.out / "checkpoints") as checkpoints:
         state, start = first_state(config, ready, checkpoints)
-        metrics = MetricsFile(config.out / "metrics.jsonl", resume_step=start)
+        metrics = MetricsFile(config.out / "metrics.jsonl", resume_step=start, writes=is_first())
         state, speed = loop(config, ready, state, start, stop, checkpoints, metrics)
         checkpoints.save(stop, state)
     if stop < config.steps:
         return {"steps": stop, "tokens_per_s": speed}
     heldout = evaluate(config, ready, state)
     metrics.write(step=stop, heldout_loss=heldout)
-    plot_loss(metrics.path, config.out / "loss.png")
-    plot_expert_load(metrics.path, config.out / "expert_load.png")
+    on_first(plot, metrics.path, config.out)
     if config.export:
-        stage("exporting the weights")
-        save_pretrained(
+        announce("exporting the weights")
+        on_first(
+            save_pretrained,
             exported(ready, state),
             config.out / "model",
             tokenizer=ready.tokenizer,
@@ -245,9 +249,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def announce(title: str) -> None:
+    """Prints what begins now, once for all processes."""
+    if is_first():
+        stage(title)
+
+
+def plot(metrics: Path, out: Path) -> None:
+    """Draws the run's pictures."""
+    plot_loss(metrics, out / "loss.png")
+    plot_expert_load(metrics, out / "expert_load.png")
+
+
 def exported(ready: Prepared, state: TrainState) -> Decoder:
-    """The model that is written: float64 weights as float32, which other programs read."""
-    model = model_of(ready.model, state)
+    """The model that is written, whole: float64 as float32, which other programs read."""
+    model = whole(model_of(ready.model, state))
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, model)
 
 
@@ -285,12 +301,12 @@ def first_state(
     """The newest checkpoint, else the given weights, else fresh ones; and the steps done."""
     latest = checkpoints.latest()
     if latest is not None:
-        stage(f"resuming from step {latest}")
+        announce(f"resuming from step {latest}")
         abstract = abstract_state(ready.model, ready.step, ready.mesh)
         return checkpoints.restore(latest, abstract), latest
     if config.from_pretrained is None:
         return init_state(ready.model, ready.step, ready.mesh, config.seed), 0
-    stage(f"loading {config.from_pretrained}")
+    announce(f"loading {config.from_pretrained}")
     master = ready.step.execution.precision.master
     model = from_pretrained(config.from_pretrained, dtype=master)
     abstract = abstract_state(ready.model, ready.step, ready.mesh)
@@ -315,7 +331,7 @@ def loop(
     step_fn = compile_step(ready.model, ready.step, ready.mesh)
     report = reporter(config, ready, metrics)
     pending, began, first = None, time.perf_counter(), start
-    with progress("training", total=config.steps, completed=start) as bar:
+    with progress("training", total=config.steps, completed=start, shown=is_first()) as bar:
         for step, batch in enumerate(batches(config, ready, start, stop), start):
             state, values = step_fn(state, batch)
             if pending is not None:
@@ -350,7 +366,12 @@ def batches(config: TrainConfig, ready: Prepared, start: int, stop: int) -> Iter
             length=config.length,
             seed=config.seed,
         ).reshape(shape)
-        yield jax.make_array_from_callback(shape, sharding, rows.__getitem__)
+        yield placed(rows, sharding)
+
+
+def placed(rows: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process holds, over the devices of all; each keeps its own part."""
+    return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
 
 
 def reporter(config: TrainConfig, ready: Prepared, metrics: MetricsFile) -> Callable:
@@ -395,20 +416,15 @@ def evaluate(config: TrainConfig, ready: Prepared, state: TrainState) -> float:
     calls = -(-predicted // per_call)
     padded = np.zeros(calls * per_call + 1, np.int32)
     padded[: predicted + 1] = ready.heldout
-    weights = (np.arange(calls * per_call) < predicted).astype(np.float32)
+    weights = (np.arange(calls * per_call) < predicted).astype(np.float32).reshape(-1, length)
+    sharding = batch_sharding(ready.mesh)
     starts = np.arange(0, calls * per_call, length)
     windows = padded[starts[:, None] + np.arange(length + 1)]
     total = 0.0
-    with progress("held-out loss", total=calls) as bar:
+    with progress("held-out loss", total=calls, shown=is_first()) as bar:
         for call in range(calls):
             rows = slice(call * batch, (call + 1) * batch)
-            total += float(
-                loss(
-                    state.params,
-                    state.router_bias,
-                    windows[rows],
-                    weights.reshape(-1, length)[rows],
-                )
-            )
+            chunk = (placed(a[rows], sharding) for a in (windows, weights))
+            total += float(loss(state.params, state.router_bias, *chunk))
             bar.advance(1)
     return total / predicted
