@@ -57,7 +57,7 @@ def generate_command(args: Sequence[str]) -> None:
 
 
 def bench_command(args: Sequence[str]) -> None:
-    """Time kernels beside their peers; a name first: attention, eplb, exchange, expert, gemm, mla."""
+    """Time parts beside their peers, by name: attention, eplb, exchange, expert, gemm, mla."""
     from whalejax import bench
 
     names = sorted(module.name for module in pkgutil.iter_modules(bench.__path__))
