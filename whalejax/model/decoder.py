@@ -19,6 +19,7 @@ from whalejax.model.moe import MLP, MoE, MoEStats, mlp, moe
 from whalejax.model.parameters import Initializer, read, rms_norm
 from whalejax.model.rope import Rotary, rotary
 from whalejax.model.sharding import on_own_batch
+from whalejax.parallel.expert import Placement
 
 REMATERIALISATION: dict[str, Any] = {
     "none": None,
@@ -146,7 +147,11 @@ def logits(model: Decoder, hidden: jax.Array) -> jax.Array:
 
 
 def feed_forward(
-    p: DecoderLayer, x: jax.Array, config: ModelConfig, execution: Execution
+    p: DecoderLayer,
+    x: jax.Array,
+    config: ModelConfig,
+    execution: Execution,
+    placement: Placement | None = None,
 ) -> tuple[jax.Array, MoEStats | None]:
     """The second half of a layer with its residual, and the statistics of a MoE layer."""
     normed = rms_norm(x, p.post_attention_layernorm, config.rms_norm_eps)
@@ -155,12 +160,18 @@ def feed_forward(
             functools.partial(mlp, fp8=execution.precision.fp8), execution.fp8_mesh
         )
         return x + dense(p.mlp, normed), None
-    out, stats = moe(p.mlp, normed, config.moe, mesh=execution.mesh, fp8=execution.precision.fp8)
+    options = {"mesh": execution.mesh, "fp8": execution.precision.fp8, "placement": placement}
+    out, stats = moe(p.mlp, normed, config.moe, **options)
     return x + out, stats
 
 
 def decoder_layer(
-    p: DecoderLayer, x: jax.Array, angles: Rotary, config: ModelConfig, execution: Execution
+    p: DecoderLayer,
+    x: jax.Array,
+    angles: Rotary,
+    config: ModelConfig,
+    execution: Execution,
+    placement: Placement | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, MoEStats | None]]:
     """One layer in the expanded form; gives `[b, t, hidden]`, the latents and the statistics."""
     normed = rms_norm(x, p.input_layernorm, config.rms_norm_eps)
@@ -171,7 +182,7 @@ def decoder_layer(
         fp8=execution.precision.fp8,
     )
     out, kept = on_own_batch(attend, execution.fp8_mesh)(p.self_attn, normed, angles)
-    x, stats = feed_forward(p, x + out, config, execution)
+    x, stats = feed_forward(p, x + out, config, execution, placement)
     return x, (kept, stats)
 
 
@@ -196,6 +207,7 @@ def forward(
     execution: Execution = Execution(),
     *,
     positions: jax.Array | None = None,
+    placement: Placement | None = None,
 ) -> Forward:
     """Runs all layers over whole sequences.
 
@@ -204,13 +216,14 @@ def forward(
       tokens: `i32[b, t]`.
       execution: how to run.
       positions: `i32[b, t]`, 0 to t-1 unless given.
+      placement: of the experts of all MoE layers, stacked; `model` then has a weight for each slot.
     """
     config = model.config
     x = embed(model, tokens, execution.precision.dtype)
     angles = positions_angles(tokens, positions, config, x.dtype)
 
-    def layer(p, x):
-        return decoder_layer(p, x, angles, config, execution)
+    def layer(p, x, placement=None):
+        return decoder_layer(p, x, angles, config, execution, placement)
 
     kept, load = [], jnp.zeros((0, 0), jnp.int32)
     balance = jnp.zeros((), accumulator(x.dtype))
@@ -221,7 +234,7 @@ def forward(
         kept.append(latent)
     if config.num_moe_layers:
         x, (latent, stats) = scan_layers(
-            layer, model.moe_layers, x, rematerialise=execution.rematerialise
+            layer, model.moe_layers, x, placement, rematerialise=execution.rematerialise
         )
         kept.append(latent)
         load, balance = stats.load, jnp.mean(stats.balance_loss)

@@ -177,7 +177,13 @@ def routed_experts(
 
 
 def moe(
-    p: MoE, x: jax.Array, config: MoEConfig, *, mesh: Mesh | None = None, fp8: bool = False
+    p: MoE,
+    x: jax.Array,
+    config: MoEConfig,
+    *,
+    mesh: Mesh | None = None,
+    fp8: bool = False,
+    placement: Placement | None = None,
 ) -> tuple[jax.Array, MoEStats]:
     """Routed plus shared experts.
 
@@ -188,15 +194,22 @@ def moe(
       mesh: where the batch is sharded over `BATCH_AXES`, each device sorts its own tokens; where
         it has several ranks of the `expert` axis, they go to the ranks of their experts.
       fp8: multiply by the experts' weights in FP8.
+      placement: of the experts over those ranks, uniform unless given; p then has a weight for
+        each of its slots, not of the experts.
 
     Returns:
       `[b, t, hidden]` and the layer's statistics.
+
+    Raises:
+      ValueError: a placement is given and the mesh has no ranks for it.
     """
     routing = route(p.gate, x, config)
-    placement, spec = None, PartitionSpec()
-    if mesh is not None and mesh.shape[EXPERT] > 1:
-        placement = Placement.uniform(config.n_routed_experts, mesh.shape[EXPERT])
-        spec = PartitionSpec(EXPERT)
+    ranks = 1 if mesh is None else mesh.shape[EXPERT]
+    if placement is None and ranks > 1:
+        placement = Placement.uniform(config.n_routed_experts, ranks)
+    if placement is not None and placement.num_ranks != ranks:
+        raise ValueError(f"placement.num_ranks={placement.num_ranks} must be the {ranks} of {mesh}")
+    spec = PartitionSpec() if placement is None else PartitionSpec(EXPERT)
 
     def routed(p, x, topk_idx, topk_weights):
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, topk_idx, topk_weights)]

@@ -21,6 +21,7 @@ from whalejax.model.decoder import (
 from whalejax.model.linear import linear
 from whalejax.model.parameters import rms_norm
 from whalejax.model.sharding import on_own_batch
+from whalejax.parallel.expert import Placement
 
 
 class MTPForward(NamedTuple):
@@ -38,7 +39,12 @@ class MTPForward(NamedTuple):
 
 
 def predict_further(
-    model: Decoder, hidden: jax.Array, tokens: jax.Array, execution: Execution = Execution()
+    model: Decoder,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    execution: Execution = Execution(),
+    *,
+    placement: Placement | None = None,
 ) -> MTPForward:
     """Runs all MTP modules.
 
@@ -47,6 +53,7 @@ def predict_further(
       hidden: `[b, t, hidden]` from `forward`.
       tokens: `i32[b, t]`, the tokens that `forward` saw.
       execution: how to run.
+      placement: of the experts of all depths, stacked; `model` then has a weight for each slot.
 
     Raises:
       ValueError: the model has no MTP modules.
@@ -62,17 +69,16 @@ def predict_further(
         lambda w, x: linear(x, w, fp8=execution.precision.fp8), execution.fp8_mesh
     )
 
-    def module(p, x, ahead):
+    def module(p, x, ahead, placement):
         embedded = rms_norm(embed(model, ahead, x.dtype), p.enorm, config.rms_norm_eps)
         previous = rms_norm(x, p.hnorm, config.rms_norm_eps)
         both = jnp.concatenate([embedded, previous], axis=-1)
         x = project(p.eh_proj, both)
-        x, (_, stats) = decoder_layer(p.layer, x, angles, config, execution)
+        x, (_, stats) = decoder_layer(p.layer, x, angles, config, execution, placement)
         x = rms_norm(x, p.norm, config.rms_norm_eps)
         return x, (x, stats)
 
     with jax.named_scope("mtp"):
-        _, (hidden, stats) = scan_layers(
-            module, model.mtp_layers, hidden, shifted, rematerialise=execution.rematerialise
-        )
+        layers = module, model.mtp_layers, hidden, shifted, placement
+        _, (hidden, stats) = scan_layers(*layers, rematerialise=execution.rematerialise)
     return MTPForward(hidden, stats.load, jnp.mean(stats.balance_loss))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from whalejax.kernels.accumulation import accumulator
 from whalejax.model.decoder import Decoder, Execution, forward, logits
 from whalejax.model.mtp import predict_further
+from whalejax.parallel.expert import Placement
 
 MAX_LOGITS = 2**26  # float32 numbers of one chunk of logits: 256 MiB
 
@@ -87,27 +88,34 @@ def cross_entropy(
 
 
 def training_loss(
-    model: Decoder, tokens: jax.Array, config: LossConfig, execution: Execution
+    model: Decoder,
+    tokens: jax.Array,
+    config: LossConfig,
+    execution: Execution,
+    placement: Placement | None = None,
 ) -> tuple[jax.Array, Losses]:
     """The loss of `i32[b, t + 1]` tokens and its parts.
+
+    A placement is of the experts of the MoE layers and then of the MTP modules, stacked.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), equations 17 to 25.
     """
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    out = forward(model, inputs, execution)
+    layers = model.config.num_moe_layers
+    out = forward(model, inputs, execution, placement=_part(placement, slice(layers)))
     ones = jnp.ones(labels.shape, accumulator(out.hidden.dtype))
     main = cross_entropy(model, out.hidden, labels, ones) / labels.size
     mtp, balance, mtp_load = jnp.zeros_like(main), out.balance_loss, jnp.zeros((0, 0), jnp.int32)
     depths = model.config.num_nextn_predict_layers
     if depths:
-        further = predict_further(model, out.hidden, inputs, execution)
+        ahead_placed = _part(placement, slice(layers, None))
+        further = predict_further(model, out.hidden, inputs, execution, placement=ahead_placed)
         place = jnp.arange(labels.shape[1], dtype=jnp.int32)[None]
         for depth in range(1, depths + 1):
             known = jnp.where(place < labels.shape[1] - depth, ones, 0.0)
             ahead = jnp.roll(labels, -depth, axis=1)
             nll = cross_entropy(model, further.hidden[depth - 1], ahead, known)
             mtp = mtp + nll / (labels.shape[0] * max(labels.shape[1] - depth, 1) * depths)
-        layers = model.config.num_moe_layers
         balance = (balance * layers + further.balance_loss * depths) / (layers + depths)
         mtp_load = further.load
     total = main + config.mtp_weight * mtp + config.balance_weight * balance
@@ -115,8 +123,18 @@ def training_loss(
 
 
 def heldout_loss(
-    model: Decoder, tokens: jax.Array, weights: jax.Array, execution: Execution
+    model: Decoder,
+    tokens: jax.Array,
+    weights: jax.Array,
+    execution: Execution,
+    placement: Placement | None = None,
 ) -> jax.Array:
     """Sum of the next-token losses of `i32[b, t + 1]` tokens, weighted by `[b, t]`, in nats."""
-    out = forward(model, tokens[:, :-1], execution)
+    placed = _part(placement, slice(model.config.num_moe_layers))
+    out = forward(model, tokens[:, :-1], execution, placement=placed)
     return cross_entropy(model, out.hidden, tokens[:, 1:], weights)
+
+
+def _part(placement, layers):
+    """Some layers of a stacked placement; of none, none."""
+    return jax.tree.map(lambda a: a[layers], placement)
