@@ -5,7 +5,13 @@ import pytest
 from flax import nnx
 
 from whalejax.model.decoder import Decoder
-from whalejax.training.optimizer import OptimizerConfig, decayed, learning_rate, make_optimizer
+from whalejax.training.optimizer import (
+    OptimizerConfig,
+    clip,
+    decayed,
+    learning_rate,
+    make_optimizer,
+)
 
 
 def test_schedule_warms_up_stays_and_decays():
@@ -34,12 +40,19 @@ def test_one_update_equals_adamw_by_hand():
     config = OptimizerConfig(peak_lr=0.1, warmup_steps=0, weight_decay=0.5, clip_norm=1.0)
     params = {"w": jnp.array([[1.0, -2.0]]), "norm": jnp.array([3.0])}
     grads = {"w": jnp.array([[3.0, 0.0]]), "norm": jnp.array([4.0])}
+    grads = clip(grads, jnp.float32(5), config.clip_norm)
+    np.testing.assert_allclose(grads["w"], [[0.6, 0]], rtol=1e-6)
     optimizer = make_optimizer(config, 100)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = optimizer.update(grads, optimizer.init(params), params)
     # global norm 5 clips to (0.6, 0, 0.8); Adam's first step is the sign of the gradient
     np.testing.assert_allclose(updates["w"], [[-0.1 - 0.05, 0.1]], rtol=1e-5)
     np.testing.assert_allclose(updates["norm"], [-0.1], rtol=1e-5)
+
+
+def test_a_small_gradient_is_not_clipped():
+    grads = {"w": jnp.array([0.3, 0.4])}
+    np.testing.assert_array_equal(clip(grads, jnp.float32(0.5), 1.0)["w"], grads["w"])
 
 
 @pytest.mark.parametrize(

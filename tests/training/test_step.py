@@ -131,7 +131,7 @@ def test_heldout_loss_is_the_main_loss(micro):
     state, step = init_state(micro, CONFIG, mesh, 0), compile_step(micro, CONFIG, mesh)
     tokens = batch(0)
     loss = compile_heldout(micro, CONFIG.execution, mesh)
-    total = loss(state.params, state.router_bias, tokens[0], jnp.ones((8, 32)))
+    total = loss(state.params, state.router_bias, None, tokens[0], jnp.ones((8, 32)))
     _, metrics = step(state, tokens)
     np.testing.assert_allclose(total / (8 * 32), metrics["loss_main"], rtol=1e-6)
 

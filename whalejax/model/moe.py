@@ -211,11 +211,13 @@ def moe(
         raise ValueError(f"placement.num_ranks={placement.num_ranks} must be the {ranks} of {mesh}")
     spec = PartitionSpec() if placement is None else PartitionSpec(EXPERT)
 
-    def routed(p, x, topk_idx, topk_weights):
+    def routed(p_and_placement, x, topk_idx, topk_weights):
+        p, placement = p_and_placement
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, topk_idx, topk_weights)]
         return routed_experts(p, *flat, config, fp8=fp8, placement=placement).reshape(x.shape)
 
-    out = on_own_batch(routed, mesh, spec)(p.experts, x, routing.topk_idx, routing.topk_weights)
+    routed = on_own_batch(routed, mesh, (spec, PartitionSpec()))
+    out = routed((p.experts, placement), x, routing.topk_idx, routing.topk_weights)
     if config.n_shared_experts:
         with jax.named_scope("shared_experts"):
             shared = on_own_batch(functools.partial(mlp, fp8=fp8), mesh if fp8 else None)

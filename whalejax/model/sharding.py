@@ -63,9 +63,7 @@ def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
 
 
-def on_own_batch(
-    f: Callable, mesh: Mesh | None, weights: PartitionSpec = PartitionSpec()
-) -> Callable:
+def on_own_batch(f: Callable, mesh: Mesh | None, weights: Any = PartitionSpec()) -> Callable:
     """`f(p, *arrays)`, each device working on its own part of the batch.
 
     XLA cuts its own operations over a mesh by itself, but no kernel: it would gather all operands
@@ -75,7 +73,8 @@ def on_own_batch(
       f: gives arrays `[b, ...]`, from a pytree of weights, one array `[b, ...]`, and others
         `[b, ...]`, or `[1, ...]` and shared by all sequences.
       mesh: over whose `BATCH_AXES` the batch is cut; None, or of one device, for f itself.
-      weights: how those are cut that f has; whole by default.
+      weights: how those are cut that f has, one PartitionSpec or some for parts of them; whole by
+        default.
 
     Raises:
       ValueError: when it is called with a batch that the mesh does not divide; prints both.
@@ -83,11 +82,13 @@ def on_own_batch(
     if mesh is None or mesh.size == 1:
         return f
     batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-    shared = tuple(axis for axis in BATCH_AXES if axis not in weights)
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
+    def varying(spec, p):
+        return jax.lax.pcast(p, tuple(a for a in BATCH_AXES if a not in spec), to="varying")
+
     def local(p, *arrays):
-        return f(jax.lax.pcast(p, shared, to="varying"), *arrays)
+        return f(jax.tree.map(varying, weights, p, is_leaf=_is_spec), *arrays)
 
     def call(p, x, *others):
         if x.shape[0] % parts:
@@ -97,3 +98,7 @@ def on_own_batch(
         return placed(p, x, *others)
 
     return call
+
+
+def _is_spec(tree):
+    return isinstance(tree, PartitionSpec)

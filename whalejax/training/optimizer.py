@@ -1,8 +1,10 @@
 """AdamW as DeepSeek-V3 trains with (arXiv 2412.19437, section 4.2)."""
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from whalejax.model.sharding import path_name
@@ -73,15 +75,22 @@ def decayed(params: object) -> object:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW over a run of `steps` updates."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-        ),
+    """AdamW over a run of `steps` updates, for gradients that are clipped."""
+    return optax.adamw(
+        learning_rate(config, steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
+
+
+def clip(grads: Any, norm: jax.Array, most: float) -> Any:
+    """Scales gradients of a global norm `f32[]` down to `most` where it is larger.
+
+    The norm is an argument, because replicas of an expert are in the tree several times.
+    """
+    return jax.tree.map(
+        lambda g: jnp.where(norm < most, g, (g / norm.astype(g.dtype)) * most), grads
     )

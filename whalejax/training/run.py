@@ -26,7 +26,9 @@ from whalejax.parallel.runtime import is_first, on_first, whole
 from whalejax.presets import preset
 from whalejax.progress import progress, stage
 from whalejax.tokenizer import ByteTokenizer, Tokenizer, load
+from whalejax.training.balancing import Balancer
 from whalejax.training.checkpoints import Checkpoints
+from whalejax.training.experts import EPLBConfig
 from whalejax.training.loss import LossConfig
 from whalejax.training.metrics import (
     MetricsFile,
@@ -75,6 +77,7 @@ class TrainConfig:
       export: write the final weights to `model/`.
       seed: of weights and data order.
       mesh: devices along each axis, such as data=2,expert=4.
+      eplb: balancing of experts over the ranks of the axis expert.
       loss, optimizer: their own settings.
     """
 
@@ -99,6 +102,7 @@ class TrainConfig:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    eplb: EPLBConfig = EPLBConfig()
 
     def __post_init__(self):
         positive = ("steps", "batch_size", "length", "accumulate", "save_every", "log_every")
@@ -117,6 +121,7 @@ class TrainConfig:
 # what may differ between a run and its continuation
 FREE_TO_CHANGE = (
     "out", "eval_every", "save_every", "log_every", "stop_at", "export", "mesh", "rematerialise",
+    "eplb",
 )  # fmt: skip
 
 
@@ -171,7 +176,9 @@ def prepare(config: TrainConfig) -> Prepared:
             f"batch_size={config.batch_size} over accumulate={config.accumulate} must be a "
             f"multiple of the {shards} devices that share a microbatch"
         )
-    if model.moe is not None and model.moe.n_routed_experts % mesh.shape[EXPERT]:
+    if config.eplb.every:
+        config.eplb.slots(model, mesh)
+    elif model.moe is not None and model.moe.n_routed_experts % mesh.shape[EXPERT]:
         raise ValueError(
             f"n_routed_experts={model.moe.n_routed_experts} must be a multiple of "
             f"expert={mesh.shape[EXPERT]} of the mesh"
@@ -193,6 +200,7 @@ def prepare(config: TrainConfig) -> Prepared:
         loss=config.loss,
         optimizer=config.optimizer,
         execution=execution,
+        eplb=config.eplb,
     )
     return Prepared(
         model=model,
@@ -222,11 +230,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     ready = prepare(config)
     on_first(record, config, ready)
     stop = config.steps if config.stop_at is None else min(config.stop_at, config.steps)
-    with Checkpoints(config.out / "checkpoints") as checkpoints:
+    balancer = Balancer(ready.model, ready.step, ready.mesh)
+    with balancer, Checkpoints(config.out / "checkpoints") as checkpoints:
         state, start = first_state(config, ready, checkpoints)
+        state = balancer.start(state)
         metrics = MetricsFile(config.out / "metrics.jsonl", resume_step=start, writes=is_first())
-        state, speed = loop(config, ready, state, start, stop, checkpoints, metrics)
-        checkpoints.save(stop, state)
+        state, speed = loop(config, ready, state, start, stop, checkpoints, metrics, balancer)
+        checkpoints.save(stop, balancer.logical(state))
     if stop < config.steps:
         return {"steps": stop, "tokens_per_s": speed}
     heldout = evaluate(config, ready, state)
@@ -236,7 +246,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         announce("exporting the weights")
         on_first(
             save_pretrained,
-            exported(ready, state),
+            exported(ready, balancer.logical(state)),
             config.out / "model",
             tokenizer=ready.tokenizer,
             overwrite=True,
@@ -298,18 +308,21 @@ def record(config: TrainConfig, ready: Prepared) -> None:
 def first_state(
     config: TrainConfig, ready: Prepared, checkpoints: Checkpoints
 ) -> tuple[TrainState, int]:
-    """The newest checkpoint, else the given weights, else fresh ones; and the steps done."""
+    """The newest checkpoint, else the given weights, else fresh ones; and the steps done.
+
+    Every expert is there once, whatever placement the run that wrote the checkpoint had.
+    """
     latest = checkpoints.latest()
     if latest is not None:
         announce(f"resuming from step {latest}")
-        abstract = abstract_state(ready.model, ready.step, ready.mesh)
+        abstract = abstract_state(ready.model, ready.step, ready.mesh, logical=True)
         return checkpoints.restore(latest, abstract), latest
     if config.from_pretrained is None:
         return init_state(ready.model, ready.step, ready.mesh, config.seed), 0
     announce(f"loading {config.from_pretrained}")
     master = ready.step.execution.precision.master
     model = from_pretrained(config.from_pretrained, dtype=master)
-    abstract = abstract_state(ready.model, ready.step, ready.mesh)
+    abstract = abstract_state(ready.model, ready.step, ready.mesh, logical=True)
     out = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def copied(model):  # steps donate the state: it must share no buffer with what was read
@@ -326,17 +339,18 @@ def loop(
     stop: int,
     checkpoints: Checkpoints,
     metrics: MetricsFile,
+    balancer: Balancer,
 ) -> tuple[TrainState, float]:
     """Steps from `start` to `stop`; the device always has the next step while metrics are read."""
     step_fn = compile_step(ready.model, ready.step, ready.mesh)
-    report = reporter(config, ready, metrics)
+    report = reporter(config, ready, metrics, balancer)
     pending, began, first = None, time.perf_counter(), start
     with progress("training", total=config.steps, completed=start, shown=is_first()) as bar:
         for step, batch in enumerate(batches(config, ready, start, stop), start):
             state, values = step_fn(state, batch)
             if pending is not None:
                 report(bar, *pending)
-            pending = (step + 1, values)
+            pending = (step + 1, values, balancer.plan)
             if step == first:  # the first step compiles: it does not count for the speed
                 jax.block_until_ready(state)
                 began = time.perf_counter()
@@ -344,9 +358,10 @@ def loop(
             if done % config.save_every == 0 and done < stop and not int(values["bad_streak"]):
                 report(bar, *pending)  # first its metrics: a run killed now goes on after them
                 pending = None
-                checkpoints.save(done, state)
+                checkpoints.save(done, balancer.logical(state))
             if config.eval_every and done % config.eval_every == 0 and done < config.steps:
                 metrics.write(step=done, heldout_loss=evaluate(config, ready, state))
+            state = balancer.after(done, state, metrics)
         if pending is not None:
             report(bar, *pending)
     jax.block_until_ready(state)
@@ -374,14 +389,16 @@ def placed(rows: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
 
 
-def reporter(config: TrainConfig, ready: Prepared, metrics: MetricsFile) -> Callable:
+def reporter(
+    config: TrainConfig, ready: Prepared, metrics: MetricsFile, balancer: Balancer
+) -> Callable:
     """A function that logs a step's metrics and stops a run that no longer is finite."""
     tokens = config.batch_size * config.length
     flops = training_flops_per_token(ready.model, config.length) * tokens
     peak = peak_flops(ready.mesh.devices.flat[0])
     last = [time.perf_counter(), 0]
 
-    def report(bar, step, values):
+    def report(bar, step, values, plan):
         if int(values["bad_streak"]) >= MAX_BAD_STEPS:
             raise FloatingPointError(
                 f"the loss or the gradient was not finite in {MAX_BAD_STEPS} steps in a row, "
@@ -397,7 +414,7 @@ def reporter(config: TrainConfig, ready: Prepared, metrics: MetricsFile) -> Call
             rate["mfu"] = flops / per_step / (peak * ready.mesh.size)
         last[:] = [time.perf_counter(), step]
         named = {("expert_load" if n == "load" else n): v for n, v in values.items()}
-        metrics.write(step=step, **named, **rate)
+        metrics.write(step=step, **named, **balancer.rank_load(values["load"], plan), **rate)
 
     return report
 
@@ -425,6 +442,6 @@ def evaluate(config: TrainConfig, ready: Prepared, state: TrainState) -> float:
         for call in range(calls):
             rows = slice(call * batch, (call + 1) * batch)
             chunk = (placed(a[rows], sharding) for a in (windows, weights))
-            total += float(loss(state.params, state.router_bias, *chunk))
+            total += float(loss(state.params, state.router_bias, state.placement, *chunk))
             bar.advance(1)
     return total / predicted

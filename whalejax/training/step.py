@@ -15,8 +15,18 @@ from whalejax.model.config import ModelConfig
 from whalejax.model.decoder import Decoder, Execution
 from whalejax.model.parameters import RouterBias
 from whalejax.model.sharding import batch_sharding, shardings
+from whalejax.parallel.eplb import update_estimate
+from whalejax.parallel.expert import Placement
+from whalejax.training.experts import (
+    EPLBConfig,
+    global_norm,
+    load_shape,
+    placed,
+    some_placement,
+    sum_of_replicas,
+)
 from whalejax.training.loss import LossConfig, Losses, heldout_loss, training_loss
-from whalejax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from whalejax.training.optimizer import OptimizerConfig, clip, learning_rate, make_optimizer
 
 MAX_BAD_STEPS = 10  # in a row, before a run stops
 
@@ -31,6 +41,7 @@ class StepConfig:
       loss: weights of the loss.
       optimizer: AdamW and the routers' bias.
       execution: precision, rematerialisation, mesh.
+      eplb: slots of experts, and the estimate of their loads.
     """
 
     steps: int
@@ -38,6 +49,7 @@ class StepConfig:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     execution: Execution = Execution()
+    eplb: EPLBConfig = EPLBConfig()
 
     def __post_init__(self):
         if self.steps < 1 or self.accumulate < 1:
@@ -51,6 +63,9 @@ class StepConfig:
 class TrainState:
     """Everything that a step changes, and so everything that a checkpoint holds.
 
+    With a placement the experts' weights and moments are those of its slots; a checkpoint has every
+    expert once, and no placement.
+
     Attributes:
       params: float32 master weights, or float64 where the computation is.
       router_bias: the routers' correction biases.
@@ -58,6 +73,8 @@ class TrainState:
       step: `i32[]`, steps done, skipped ones included.
       skipped: `i32[]`, steps whose loss or gradient was not finite.
       bad_streak: `i32[]`, such steps in a row until now.
+      load_estimate: `f32[moe_layers + depths, E]`, of `update_estimate`; None without experts.
+      placement: of the experts of all those layers, stacked; None if every expert is there once.
     """
 
     params: Any
@@ -66,6 +83,8 @@ class TrainState:
     step: jax.Array
     skipped: jax.Array
     bad_streak: jax.Array
+    load_estimate: jax.Array | None = None
+    placement: Placement | None = None
 
 
 def graphdef_of(config: ModelConfig) -> nnx.GraphDef:
@@ -74,7 +93,7 @@ def graphdef_of(config: ModelConfig) -> nnx.GraphDef:
 
 
 def model_of(config: ModelConfig, state: TrainState) -> Decoder:
-    """The model that a state holds."""
+    """The model that a state without a placement holds."""
     return nnx.merge(graphdef_of(config), state.params, state.router_bias)
 
 
@@ -83,12 +102,21 @@ def state_of(model: Decoder, config: StepConfig) -> TrainState:
     _, params, router_bias = nnx.split(model, nnx.Param, RouterBias)
     optimizer = make_optimizer(config.optimizer, config.steps)
     zero = jnp.int32(0)
-    return TrainState(params, router_bias, optimizer.init(params), zero, zero, zero)
+    shape = load_shape(model.config)
+    estimate = None if shape is None else jnp.zeros(shape, jnp.float32)
+    return TrainState(params, router_bias, optimizer.init(params), zero, zero, zero, estimate)
 
 
-def abstract_state(model: ModelConfig, config: StepConfig, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without its arrays."""
+def abstract_state(
+    model: ModelConfig, config: StepConfig, mesh: Mesh, *, logical: bool = False
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without its arrays.
+
+    Where experts are balanced it is in slots, unless every expert shall be there once.
+    """
     state = jax.eval_shape(lambda: state_of(draw(model, config, jax.random.key(0)), config))
+    if config.eplb.every and not logical:
+        state = jax.eval_shape(placed, state, some_placement(model, config.eplb, mesh))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
@@ -97,8 +125,9 @@ def abstract_state(model: ModelConfig, config: StepConfig, mesh: Mesh) -> TrainS
 
 
 def init_state(model: ModelConfig, config: StepConfig, mesh: Mesh, seed: int) -> TrainState:
-    """Draws the weights, each device its own shards."""
-    out = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config, mesh))
+    """Draws the weights, each device its own shards; every expert is there once."""
+    abstract = abstract_state(model, config, mesh, logical=True)
+    out = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     make = jax.jit(lambda key: state_of(draw(model, config, key), config), out_shardings=out)
     return make(jax.random.key(seed))
 
@@ -125,8 +154,12 @@ def train_step(
       (`f32[moe_layers + depths, E]`, share of the choices), `skipped`, `bad_streak`.
     """
     loss, parts, grads = mean_gradients(model, config, state, batch)
-    grad_norm = optax.tree.norm(grads)
+    if state.placement is not None:
+        grads = sum_of_replicas(grads, state.placement, config.execution.mesh)
+    grad_norm = global_norm(grads, state.placement)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    grads = clip(grads, grad_norm, config.optimizer.clip_norm)
+    load = jnp.concatenate([x for x in (parts.load, parts.mtp_load) if x.size] or [parts.load])
     optimizer = make_optimizer(config.optimizer, config.steps)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -134,15 +167,17 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     speed = config.optimizer.bias_update_speed
     router_bias = balance_routers(state.router_bias, parts, speed)
-    kept = jax.tree.map(
+    estimate = state.load_estimate
+    if estimate is not None:
+        estimate = update_estimate(estimate, load, config.eplb.decay)
+    *kept, estimate = jax.tree.map(
         lambda new, old: jnp.where(good, new, old),
-        (params, router_bias, opt_state),
-        (state.params, state.router_bias, state.opt_state),
+        (params, router_bias, opt_state, estimate),
+        (state.params, state.router_bias, state.opt_state, state.load_estimate),
     )
     bad = jnp.int32(~good)
-    streak = (state.bad_streak + 1) * bad
-    state = TrainState(*kept, state.step + 1, state.skipped + bad, streak)
-    load = jnp.concatenate([x for x in (parts.load, parts.mtp_load) if x.size] or [parts.load])
+    counters = state.step + 1, state.skipped + bad, (state.bad_streak + 1) * bad
+    state = TrainState(*kept, *counters, estimate, state.placement)
     load = load.astype(jnp.float32)
     metrics = {
         "loss": loss,
@@ -166,7 +201,7 @@ def mean_gradients(
 
     def loss_of(params, tokens):
         decoder = nnx.merge(graphdef, params, state.router_bias)
-        return training_loss(decoder, tokens, config.loss, config.execution)
+        return training_loss(decoder, tokens, config.loss, config.execution, state.placement)
 
     gradient = jax.value_and_grad(loss_of, has_aux=True)
     if config.accumulate == 1:
@@ -214,11 +249,15 @@ def compile_step(model: ModelConfig, config: StepConfig, mesh: Mesh) -> Callable
 
 @functools.lru_cache(maxsize=8)
 def compile_heldout(model: ModelConfig, execution: Execution, mesh: Mesh) -> Callable:
-    """`heldout_loss` of a state, jitted: `(params, router_bias, tokens, weights) -> f32|f64[]`."""
+    """`heldout_loss` of a state, jitted.
+
+    Takes `(params, router_bias, placement, tokens, weights)`, the first three of the state.
+    """
     graphdef = graphdef_of(model)
 
-    def loss(params, router_bias, tokens, weights):
-        return heldout_loss(nnx.merge(graphdef, params, router_bias), tokens, weights, execution)
+    def loss(params, router_bias, placement, tokens, weights):
+        decoder = nnx.merge(graphdef, params, router_bias)
+        return heldout_loss(decoder, tokens, weights, execution, placement)
 
     batch = batch_sharding(mesh)
-    return jax.jit(loss, in_shardings=(None, None, batch, batch))
+    return jax.jit(loss, in_shardings=(None, None, None, batch, batch))
