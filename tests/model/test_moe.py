@@ -9,6 +9,7 @@ from flax import nnx
 from whalejax.model.config import MoEConfig
 from whalejax.model.moe import MoE, Routing, balance_loss, moe, route
 from whalejax.model.parameters import Initializer
+from whalejax.parallel.expert import Placement
 from whalejax.parallel.mesh import MeshConfig, make_mesh
 
 CONFIG = MoEConfig(
@@ -123,6 +124,42 @@ def test_a_sharded_batch_gives_the_same_output_and_gradient(mesh_config):
     np.testing.assert_allclose(out, out_many, rtol=1e-5, atol=1e-6)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mesh_config", [MeshConfig(data=2, expert=4), MeshConfig(fsdp=4, expert=2)]
+)
+def test_replicas_share_the_work_and_the_gradient_of_their_expert(mesh_config):
+    x, mesh = tokens(), make_mesh(mesh_config)
+    graphdef, state = nnx.split(layer())
+    slots = np.array([3, 7, 0, 3, 1, 2, 3, 4, 5, 6, 3, 0])
+    placement = Placement.from_eplb(slots, mesh.shape["expert"])
+    in_slots = jax.tree.map(lambda a: a, state)
+    in_slots["experts"] = jax.tree.map(lambda a: a[slots], state["experts"])
+
+    def value(state, x, placement, mesh):
+        options = {"mesh": mesh, "placement": placement}
+        out, stats = moe(nnx.merge(graphdef, state), x, CONFIG, **options)
+        return jnp.sum(jnp.sin(out)), (out, stats.load)
+
+    run = jax.jit(jax.grad(value, argnums=(0, 1), has_aux=True), static_argnums=3)
+    (one, of_x), (out, load) = run(state, x, None, None)
+    (many, of_x_many), (out_many, load_many) = run(in_slots, x, placement, mesh)
+    np.testing.assert_allclose(out, out_many, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(of_x, of_x_many, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(load, load_many)
+    for a, b in zip(jax.tree.leaves(one["experts"]), jax.tree.leaves(many["experts"]), strict=True):
+        b = np.asarray(b)
+        assert all(np.abs(b[slot]).max() > 0 for slot in range(12))  # no replica is idle
+        summed = np.stack([b[slots == expert].sum(0) for expert in range(8)])
+        np.testing.assert_allclose(a, summed, rtol=1e-4, atol=1e-5)
+
+
+def test_a_placement_needs_its_ranks():
+    placement = Placement.uniform(8, 2)
+    for mesh in (None, make_mesh(MeshConfig(expert=4))):
+        with pytest.raises(ValueError, match="placement.num_ranks=2 must be the [14] of"):
+            moe(layer(), tokens(), CONFIG, mesh=mesh, placement=placement)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Experts that move during training, against training where they do not."""
 
 import dataclasses
-import functools
+import itertools
 import random
 
 import jax
@@ -11,7 +11,6 @@ import pytest
 
 from whalejax.model.decoder import Execution
 from whalejax.model.sharding import path_name
-from whalejax.parallel.expert import Placement
 from whalejax.parallel.mesh import MeshConfig, make_mesh
 from whalejax.training import run
 from whalejax.training.balancing import Balancer
@@ -20,6 +19,7 @@ from whalejax.training.metrics import read_metrics
 from whalejax.training.optimizer import OptimizerConfig
 from whalejax.training.run import TrainConfig, train
 from whalejax.training.step import StepConfig, compile_step, init_state
+from whalejax.weights import from_pretrained
 
 EPLB = EPLBConfig(every=2, redundant=2, max_moves=2, delay=1)
 OPTIMIZER = OptimizerConfig(peak_lr=5e-3, warmup_steps=2)
@@ -27,8 +27,8 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def skewed(micro):
-    """A model whose routers prefer expert 3: without groups, six experts would not divide by 4."""
+def six(micro):
+    """A model with six experts, which do not divide among four ranks: eight slots do."""
     moe = dataclasses.replace(micro.moe, n_routed_experts=6, n_group=1)
     return dataclasses.replace(micro, moe=moe)
 
@@ -67,13 +67,13 @@ def run_of(model, mesh_config, eplb, steps=STEPS):
 
 
 @pytest.fixture(scope="module")
-def one_device(skewed):
-    return run_of(skewed, MeshConfig(fsdp=1), EPLBConfig())
+def one_device(six):
+    return run_of(six, MeshConfig(fsdp=1), EPLBConfig())
 
 
 @pytest.fixture(scope="module")
-def balanced(skewed):
-    return run_of(skewed, MeshConfig(data=2, fsdp=1, expert=4), EPLB)
+def balanced(six):
+    return run_of(six, MeshConfig(data=2, fsdp=1, expert=4), EPLB)
 
 
 def test_moving_experts_changes_no_loss(one_device, balanced):
@@ -109,10 +109,86 @@ def test_plans_are_taken_after_the_delay_and_move_little_at_a_time(balanced):
     _, state, plans, lines = balanced
     assert lines and all(line["step"] > line["planned_at"] for line in lines)
     assert {line["planned_at"] % 2 for line in lines} == {0} and lines[0]["step"] == 3
-    for before, after in zip(plans, plans[1:], strict=False):
+    for before, after in itertools.pairwise(plans):
         assert (before != after).sum(1).max() <= 2
     # three matrices of 24 x 32 for weights and two moments, float32
     assert lines[0]["migrated_bytes"] == lines[0]["migrated_slots"] * 3 * 3 * 24 * 32 * 4
     assert state.placement.physical_to_logical.shape == (2, 8)
     paths = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
     assert {x.shape[1] for p, x in paths if ".experts." in path_name(p)} == {8}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"max_moves": 1}, "max_moves=1"),
+        ({"every": 4, "delay": 4}, "delay=4"),
+        ({"delay": 0}, "delay=0"),
+        ({"decay": 1.0}, "decay=1.0"),
+        ({"redundant": -1, "every": -2}, "every=-2, redundant=-1"),
+    ],
+)
+def test_settings_out_of_range_are_named(change, says):
+    with pytest.raises(ValueError, match=says):
+        EPLBConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("mesh_config", "change", "says"),
+    [
+        (MeshConfig(), {}, "several ranks of the mesh axis 'expert', but expert=1"),
+        (MeshConfig(expert=4), {"redundant": 1}, "are 7 slots, must be a multiple of expert=4"),
+    ],
+)
+def test_slots_that_do_not_fit_the_mesh_are_refused(six, mesh_config, change, says):
+    with pytest.raises(ValueError, match=says):
+        EPLBConfig(every=4, **change).slots(six, make_mesh(mesh_config))
+
+
+@pytest.fixture
+def few_devices(monkeypatch):
+    """Meshes of as many devices as are named."""
+    make = run.make_mesh
+    monkeypatch.setattr(
+        run, "make_mesh", lambda config: make(config, jax.devices()[: config.data * config.expert])
+    )
+
+
+@pytest.fixture
+def config(six, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "preset", lambda name: six)
+    (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(["a", "whale"], k=3000)))
+    return TrainConfig(
+        out=tmp_path / "run",
+        data=tmp_path / "text.txt",
+        steps=9,
+        batch_size=4,
+        length=32,
+        log_every=1,
+        optimizer=OPTIMIZER,
+        mesh=MeshConfig(expert=2),
+        eplb=EPLB,
+    )
+
+
+def losses(config):
+    lines = read_metrics(config.out / "metrics.jsonl")
+    return [line["loss"] for line in sorted(lines, key=lambda x: x["step"]) if "loss" in line]
+
+
+@pytest.mark.usefixtures("few_devices")
+def test_a_run_goes_on_without_balancing_and_with_it_again(config):
+    train(config)
+    again = dataclasses.replace(config, out=config.out.with_name("again"))
+    train(dataclasses.replace(again, stop_at=3))
+    plain = {"mesh": MeshConfig(), "eplb": EPLBConfig()}
+    train(dataclasses.replace(again, stop_at=6, **plain))
+    train(dataclasses.replace(again, mesh=MeshConfig(expert=4)))
+    assert len(losses(again)) == 9
+    np.testing.assert_allclose(losses(again), losses(config), rtol=1e-4)
+    shapes = [read_metrics(again.out / "metrics.jsonl")[i].get("rank_load") for i in (0, -2)]
+    assert [np.shape(shape) for shape in shapes] == [(2, 2), (2, 4)]
+    for out in (config.out, again.out):
+        assert (out / "expert_load.png").stat().st_size > 1000
+        exported = from_pretrained(out / "model")
+        assert exported.moe_layers.mlp.experts.gate_proj.shape == (1, 6, 24, 32)
