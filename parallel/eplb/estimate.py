@@ -13,7 +13,7 @@ def update_estimate(estimate: jax.Array, counts: jax.Array, decay: float) -> jax
 
     Args:
       estimate: `f32[layers, E]`, of earlier steps.
-      counts: `i32|f32[layers, E]`, tokens of each expert; a layer without any keeps its estimate.
+      counts: `i32|f32[layers, E]`, tokens of each expert.
       decay: what an earlier step still counts after each later one, from 0 to below 1.
 
     Returns:
@@ -29,8 +29,7 @@ def update_estimate(estimate: jax.Array, counts: jax.Array, decay: float) -> jax
         )
     counts = counts.astype(jnp.float32)
     total = jnp.sum(counts, axis=-1, keepdims=True)
-    average = decay * estimate + (1 - decay) * (counts / jnp.maximum(total, 1))
-    return jnp.where(total > 0, average, estimate)
+    return decay * estimate + (1 - decay) * (counts / jnp.maximum(total, 1))
 
 
 def read_estimate(estimate: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ def test_it_is_the_mean_of_shares_weighted_by_age(seed, steps, decay):
     estimate = jnp.zeros((3, 6))
     for step in counts:
         estimate = update(estimate, jnp.asarray(step, jnp.int32), decay)
+    np.testing.assert_allclose(estimate.sum(-1), 1 - decay**steps, rtol=1e-5)
     weights = np.array([decay ** (steps - 1 - i) for i in range(steps)])
     shares = counts / counts.sum(-1, keepdims=True)
     truth = np.tensordot(weights / weights.sum(), shares, 1)
