@@ -66,6 +66,10 @@ class BackgroundPlanner:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread after the plan under way."""
         self._thread.shutdown(cancel_futures=True)
 
     def request(self, estimate: jax.Array, current: np.ndarray) -> Future[list[np.ndarray]]:

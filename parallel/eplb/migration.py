@@ -124,7 +124,7 @@ def _move(axis, max_moves, leaves, old, new):
     first = lax.axis_index(axis) * slots
     size = new.physical_to_logical.shape[0]
     changed = new.physical_to_logical != old.physical_to_logical
-    (slot,) = jnp.nonzero(changed, size=min(max_moves, size), fill_value=size)
+    slot = jnp.nonzero(changed, size=min(max_moves, size), fill_value=size)[0].astype(jnp.int32)
     expert = new.physical_to_logical.at[slot].get(mode="fill", fill_value=0)
     source = old.logical_to_physical[expert, 0] - first
     here = (slot < size) & (source >= 0) & (source < slots)

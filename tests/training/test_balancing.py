@@ -156,7 +156,8 @@ def few_devices(monkeypatch):
 
 @pytest.fixture
 def config(six, monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "preset", lambda name: six)
+    model = dataclasses.replace(six, num_nextn_predict_layers=0)  # compiles in half the time
+    monkeypatch.setattr(run, "preset", lambda name: model)
     (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(["a", "whale"], k=3000)))
     return TrainConfig(
         out=tmp_path / "run",
@@ -187,7 +188,7 @@ def test_a_run_goes_on_without_balancing_and_with_it_again(config):
     assert len(losses(again)) == 9
     np.testing.assert_allclose(losses(again), losses(config), rtol=1e-4)
     shapes = [read_metrics(again.out / "metrics.jsonl")[i].get("rank_load") for i in (0, -2)]
-    assert [np.shape(shape) for shape in shapes] == [(2, 2), (2, 4)]
+    assert [np.shape(shape) for shape in shapes] == [(1, 2), (1, 4)]
     for out in (config.out, again.out):
         assert (out / "expert_load.png").stat().st_size > 1000
         exported = from_pretrained(out / "model")

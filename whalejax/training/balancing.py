@@ -53,7 +53,7 @@ class Balancer:
 
     def __exit__(self, *_: Any) -> None:
         if self._planner is not None:
-            self._planner.__exit__()
+            self._planner.close()
 
     def start(self, state: TrainState) -> TrainState:
         """Puts experts into slots, by a plan for the state's estimate of their loads."""
