@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from whalejax.parallel.expert.packing import pack, unpack
 from whalejax.parallel.expert.placement import Placement
 
 
@@ -90,7 +91,7 @@ def migrate(
     """Moves what slots hold to where a new placement has it, bit by bit, for any dtype.
 
     Layer by layer, the rows that slots lack go to all ranks of the axis, all arrays in one sum of
-    bytes to which one rank contributes each row, and slots take theirs. Arrays change in place if
+    words to which one rank contributes each row, and slots take theirs. Arrays change in place if
     they are donated; beside them it needs `max_moves` rows.
 
     Args:
@@ -128,10 +129,10 @@ def _move(axis, max_moves, leaves, old, new):
     expert = new.physical_to_logical.at[slot].get(mode="fill", fill_value=0)
     source = old.logical_to_physical[expert, 0] - first
     here = (slot < size) & (source >= 0) & (source < slots)
-    rows = _pack([leaf[jnp.clip(source, 0, slots - 1)] for leaf in leaves])
+    rows = pack([leaf[jnp.clip(source, 0, slots - 1)] for leaf in leaves])
     rows = lax.psum(jnp.where(here[:, None], rows, 0), axis)
     target = jnp.where((slot >= first) & (slot < first + slots), slot - first, slots)
-    return target, _unpack(rows, leaves)
+    return target, unpack(rows, leaves)
 
 
 def sum_replicas(
@@ -212,25 +213,6 @@ def _on_ranks(local, mesh, specs):
         return run(tree, *placements)
 
     return call
-
-
-def _pack(arrays):
-    """The bytes of each row, `u8[rows, bytes]`."""
-    parts = [lax.bitcast_convert_type(a, jnp.uint8).reshape(a.shape[0], -1) for a in arrays]
-    return jnp.concatenate(parts, axis=1)
-
-
-def _unpack(packed, like):
-    """Rows `[rows, ...]` of the dtypes and inner shapes of arrays `[any, ...]`."""
-    arrays, first = [], 0
-    for a in like:
-        size = a.dtype.itemsize
-        last = first + math.prod(a.shape[1:]) * size
-        shape = (packed.shape[0], *a.shape[1:], *((size,) if size > 1 else ()))
-        part = packed[:, first:last].reshape(shape)
-        arrays.append(lax.bitcast_convert_type(part, a.dtype))
-        first = last
-    return arrays
 
 
 def _specs(tree, specs, axis):

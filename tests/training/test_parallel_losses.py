@@ -1,5 +1,7 @@
 """Expert parallelism computes what one device does: the demo's model, step by step."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -37,6 +39,7 @@ def losses(precision, mesh_config, steps):
 def test_fifty_steps_in_float64_have_the_losses_of_one_device():
     with jax.enable_x64(True):
         (one, state), (eight, _) = (losses("f64", mesh, 50) for mesh in MESHES)
+    state = dataclasses.replace(state, load_estimate=None)  # plans come from it, and no loss
     floats = {x.dtype for x in jax.tree.leaves(state) if x.dtype != np.int32}
     assert one.dtype == np.float64 and floats == {np.dtype("float64")}
     assert one[-1] < 0.9 * one[0]  # it learns: what is compared is no constant

@@ -82,8 +82,10 @@ def losses(out):
 
 def test_two_processes_train_as_one_which_goes_on_from_their_checkpoint(files, tmp_path):
     both, one = config(files, tmp_path / "both"), config(files, tmp_path / "one")
-    codes, printed = in_processes(both)
+    # experts move between processes, which changes no loss
+    codes, printed = in_processes(both, "--eplb.every", 2, "--eplb.delay", 1, "--eplb.redundant", 4)
     assert codes == [0] * PROCESSES, printed
+    assert any("migrated_slots" in line for line in read_metrics(both.out / "metrics.jsonl"))
     train(one)
     assert losses(both.out)[0] == losses(one.out)[0] == [1, 2, 3, 4, 5, 6]  # one writes
     np.testing.assert_allclose(losses(both.out)[1], losses(one.out)[1], rtol=1e-5)

@@ -148,11 +148,8 @@ def global_norm(grads: Any, placement: Placement | None) -> jax.Array:
 
     def once(leaves, placement):
         counts = jnp.take_along_axis(placement.counts, placement.physical_to_logical, axis=1)
-        weight = jax.lax.rsqrt(counts.astype(jnp.float32))
-        return {
-            path: g * weight.reshape(*weight.shape, *(1,) * (g.ndim - 2)).astype(g.dtype)
-            for path, g in leaves.items()
-        }
+        counts = counts.reshape(*counts.shape, 1, 1)
+        return {path: g * jax.lax.rsqrt(counts.astype(g.dtype)) for path, g in leaves.items()}
 
     return optax.tree.norm(grads if placement is None else map_experts(once, grads, placement))
 
