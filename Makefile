@@ -1,4 +1,5 @@
-# make demo: train, checkpoint, resume, generate.  make test: all that CI runs on one Python.
+# make demo: train, checkpoint, resume, generate.  make demo-parallel: with experts shared out.
+# make test: all that CI runs on one Python.
 PYTHON ?= python3
 VENV ?= .venv
 # More requirements for every installation, for example PINS="jax==0.11.2".
@@ -8,7 +9,7 @@ PYTEST_ARGS ?=
 # Modules are compiled when first imported: most of what is installed never is.
 PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile
 
-.PHONY: venv demo test parity notebooks lint clean
+.PHONY: venv demo demo-parallel test parity notebooks lint clean
 
 venv: $(VENV)/.core
 
@@ -28,6 +29,10 @@ $(VENV)/.torch: pyproject.toml | $(VENV)/.test
 
 demo: venv
 	$(VENV)/bin/whalejax demo
+
+# On eight devices of one CPU.
+demo-parallel: venv
+	JAX_PLATFORMS=cpu $(VENV)/bin/python examples/train_parallel.py
 
 test: $(VENV)/.test
 	$(VENV)/bin/pytest -n 2 $(PYTEST_ARGS)
