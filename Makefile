@@ -5,11 +5,13 @@ VENV ?= .venv
 # More requirements for every installation, for example PINS="jax==0.11.2".
 PINS ?=
 PYTEST_ARGS ?=
+# Of the CUDA plugin; that of the jax installed.
+CUDA_JAX ?= 0.11.2
 
 # Modules are compiled when first imported: most of what is installed never is.
 PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile
 
-.PHONY: venv demo demo-parallel test parity notebooks lint clean
+.PHONY: venv demo demo-parallel test parity notebooks lint aot clean
 
 venv: $(VENV)/.core
 
@@ -43,6 +45,15 @@ parity: $(VENV)/.torch
 
 notebooks: $(VENV)/.test
 	$(VENV)/bin/pytest --nbmake --nbmake-timeout=300 notebooks $(PYTEST_ARGS)
+
+# JAX's CUDA plugin, to compile for GPUs on a machine without one; in a folder of its own, where
+# only the tests find it that ask for it.
+aot: $(VENV)/cuda
+
+$(VENV)/cuda: | $(VENV)/.test
+	$(PIP_INSTALL) --no-deps --target $@.tmp jax-cuda13-plugin==$(CUDA_JAX) \
+	  jax-cuda13-pjrt==$(CUDA_JAX) nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt
+	mv $@.tmp $@
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""One job of several processes: how they find each other, and what one of them does for all."""
+"""One job of several processes, and settings of XLA for it; importing sets none."""
 
 import dataclasses
 import itertools
@@ -7,11 +7,16 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 AUTO = "auto"
 HEARTBEAT_TIMEOUT_S = 60  # a process that died or hangs ends the others after this
 SHUTDOWN_TIMEOUT_S = 30  # a process that fails waits so long for the others, then ends them
 FIRST_TIMEOUT_S = 3600  # that the others give the first process for a thing it does alone
+
+# Of `jax.jit(..., compiler_options=)`, for `overlap_microbatches` on GPUs. XLA merges matmuls of
+# both half-batches that share a weight of up to so many MB, and what one waits for, both wait for.
+OVERLAP_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 _calls = itertools.count()  # every process counts alike, so that each message has a name
 
@@ -113,3 +118,9 @@ def whole(tree: Any) -> Any:
     if jax.process_count() == 1:
         return tree
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+
+
+def overlap_options(mesh: Mesh) -> dict[str, int] | None:
+    """The compiler options for `overlap_microbatches` on the devices of a mesh."""
+    platform = mesh.devices.flat[0].platform
+    return OVERLAP_OPTIONS if platform in ("gpu", "cuda") else None

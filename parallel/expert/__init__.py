@@ -4,10 +4,14 @@ from whalejax.parallel.expert.dispatching import (
     Dispatched,
     Handle,
     Layout,
+    Returning,
     combine,
     dispatch,
+    finish_combine,
     layout,
+    start_combine,
 )
+from whalejax.parallel.expert.overlapping import Stages, interleave, overlap_microbatches
 from whalejax.parallel.expert.placement import Placement
 from whalejax.parallel.expert.traffic_model import (
     Topology,
@@ -22,12 +26,18 @@ __all__ = [
     "Handle",
     "Layout",
     "Placement",
+    "Returning",
+    "Stages",
     "Topology",
     "Traffic",
     "combine",
     "dispatch",
+    "finish_combine",
+    "interleave",
     "layout",
+    "overlap_microbatches",
     "predicted_us",
     "row_bytes",
+    "start_combine",
     "traffic",
 ]

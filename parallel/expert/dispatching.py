@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,25 @@ class Handle:
     rows: int = dataclasses.field(metadata={"static": True})
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Returning:
+    """Outputs of experts before their way back, for `finish_combine`.
+
+    Attributes:
+      rows: `[arrived, H]`, of each token that arrived the sum of this rank's experts; in a ragged
+        dispatch the outputs themselves.
+      hops: plans of what each axis was sent, the first axis first; none if all was gathered.
+      ragged: the plan and the weights of a ragged dispatch, else None.
+      axes: names of the axes.
+    """
+
+    rows: jax.Array
+    hops: tuple[Permutation, ...]
+    ragged: tuple[RaggedPlan, jax.Array] | None
+    axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+
 class Dispatched(NamedTuple):
     """Tokens by the experts of this rank.
 
@@ -71,6 +90,7 @@ class Dispatched(NamedTuple):
       handle: for `combine`.
       overflow: `i32[]`, copies of tokens that found no place on this rank: on their way from it,
         or in the rows of its slots. 0 where nothing limits them.
+      held: what was passed as `hold`.
     """
 
     tokens: jax.Array
@@ -79,6 +99,7 @@ class Dispatched(NamedTuple):
     group_sizes: jax.Array
     handle: Handle
     overflow: jax.Array
+    held: Any = None
 
     def rows(self) -> jax.Array | QuantizedArray:
         """The tokens, with their scales if they are in FP8, as a grouped matmul takes them."""
@@ -119,6 +140,7 @@ def dispatch(
     alignment: int = 128,
     max_rows: int | None = None,
     max_tokens: int | None = None,
+    hold: Any = None,
 ) -> Dispatched:
     """Sends each token to the ranks of its experts, once to each, and sorts what arrives.
 
@@ -146,6 +168,9 @@ def dispatch(
         times what is sent, so that a balanced load wants a limit of its own. What is too much is
         left out, and counted.
       max_tokens: instead, rows of every slot, for decoding: `[slots, max_tokens, H]`.
+      hold: pytree of arrays that are `held` back until the tokens are ready to leave (`"ragged"`
+        or with a handle: until they are known), so that what is computed from them runs while the
+        tokens travel, and not before.
 
     Raises:
       ValueError: shapes, axis, placement or method do not fit; prints them.
@@ -161,15 +186,19 @@ def dispatch(
         route = Route(axes, sizes, placement.slots_per_rank, quantized, alignment, **limits)
         slots = placement.slots_of(topk_idx, lax.axis_index(axes))
         choice = slots, topk_weights.astype(accumulator(x.dtype))
-        payload, handle = _send(payload, *choice, route, method)
+        if hold is not None:  # its transpose holds back the gradient of what was held
+            (payload, choice), hold = lax.optimization_barrier(((payload, choice), hold))
+        payload, handle, hold = _send(payload, *choice, route, method, hold)
     else:
         _check_handle(x, topk_idx, topk_weights, axes, handle)
+        if hold is not None:
+            payload, hold = lax.optimization_barrier((payload, hold))
         payload = _send_by(handle, payload, quantized)
     if max_tokens is not None:
         shape = (placement.slots_per_rank, max_tokens, -1)
         payload = jax.tree.map(lambda a: a.reshape(shape), payload)
     overflow = sum((hop.overflow for hop in handle.hops), handle.local.overflow)
-    return Dispatched(*guard(payload), handle.local.group_sizes, handle, overflow)
+    return Dispatched(*guard(payload), handle.local.group_sizes, handle, overflow, hold)
 
 
 def combine(y: jax.Array, handle: Handle) -> jax.Array:
@@ -186,23 +215,42 @@ def combine(y: jax.Array, handle: Handle) -> jax.Array:
     Raises:
       ValueError: y is not of the handle's rows; prints both.
     """
+    return finish_combine(start_combine(y, handle))
+
+
+def start_combine(y: jax.Array, handle: Handle) -> Returning:
+    """The part of `combine` before anything travels; the same arguments and errors."""
     y = y.reshape(-1, y.shape[-1])
     if y.shape[0] != handle.rows:
         raise ValueError(f"combine: y has {y.shape[0]} rows, but its handle is of {handle.rows}")
     if isinstance(handle.local, RaggedPlan):
-        ((hop,), (axis,)) = handle.hops, handle.axes
-        rows = return_ragged(y, handle.local, hop.source.shape[0], axis)
-        return unpermute(rows, handle.weights, hop)
-    return send_back(unpermute(y, handle.weights, handle.local), handle.hops, handle.axes)
+        return Returning(y, handle.hops, (handle.local, handle.weights), handle.axes)
+    rows = unpermute(y, handle.weights, handle.local)
+    return Returning(rows, handle.hops, None, handle.axes)
 
 
-def _send(payload, slots, weights, route, method):
-    """Plans and sends; gives the handle too."""
+def finish_combine(returning: Returning) -> jax.Array:
+    """The rest of `combine`: the way back, and the sums where the tokens came from.
+
+    Rows of zeros give zeros, by whatever plan.
+    """
+    if returning.ragged is None:
+        return send_back(returning.rows, returning.hops, returning.axes)
+    ((hop,), (axis,)), (plan, weights) = (returning.hops, returning.axes), returning.ragged
+    rows = return_ragged(returning.rows, plan, hop.source.shape[0], axis)
+    return unpermute(rows, weights, hop)
+
+
+def _send(payload, slots, weights, route, method, hold):
+    """Plans and sends; gives the handle too, and what was held."""
     if method == "ragged":
         handle = _plan_ragged(slots, weights, route)
-        return _send_by(handle, payload, route.quantized), handle
-    payload, weights, hops, local = send(payload, weights, slots, route, method == "all_gather")
-    return payload, Handle(hops, local, weights, route.axes, local.source.shape[0])
+        return _send_by(handle, payload, route.quantized), handle, hold
+    arrival = send(payload, weights, slots, route, method == "all_gather")
+    if hold is not None:
+        hold, _ = lax.optimization_barrier((hold, arrival.left))
+    payload, weights, hops, local, _ = arrival
+    return payload, Handle(hops, local, weights, route.axes, local.source.shape[0]), hold
 
 
 def _send_by(handle, payload, quantized):

@@ -49,12 +49,14 @@ class Arrival(NamedTuple):
       weights: `f32[arrived, k]` of the tokens that arrived.
       hops: plans of what each axis was sent; none if all is gathered.
       local: of arrived tokens to the rows of slots.
+      left: `u32[rows, words]`, the rows as they left.
     """
 
     payload: Payload
     weights: jax.Array
     hops: tuple[Permutation, ...]
     local: Permutation
+    left: jax.Array
 
 
 def plan_hop(destination: jax.Array, num_ranks: int, capacity: int) -> Permutation:
@@ -105,6 +107,7 @@ def send(
         return jnp.where(here, found - 1, -1)
 
     packed, hops = pack([*parts[:-1], slots + 1]), []  # rows that nobody fills have slot 0
+    left = packed
     if gathered:
         packed = lax.all_gather(packed, route.axes, tiled=True)
     else:
@@ -112,7 +115,9 @@ def send(
             behind = route.slots_per_rank * math.prod(route.sizes[depth:])
             destination = jnp.where(slots < 0, -1, slots // behind % size)
             hop = plan_hop(destination, size, route.capacity or slots.shape[0])
-            packed = swap(permute(packed, hop), axis)
+            packed = permute(packed, hop)
+            left = packed if depth == 1 else left
+            packed = swap(packed, axis)
             slots = slots_on(packed, depth)
             hops.append(hop)
     slots = slots_on(packed, len(route.axes))
@@ -124,7 +129,7 @@ def send(
         max_rows=route.max_rows,
     )
     (arrived_weights,) = unpack(packed, [weights], sum(map(num_words, parts[:-2])))
-    return Arrival(_sorted(payload, packed, local), arrived_weights, tuple(hops), local)
+    return Arrival(_sorted(payload, packed, local), arrived_weights, tuple(hops), local, left)
 
 
 def _sorted(payload, packed, local):

@@ -16,10 +16,12 @@ from whalejax.model.config import ModelConfig
 from whalejax.model.linear import Precision
 from whalejax.model.mla import MLA, PagedCache, attend_absorbed, attend_expanded
 from whalejax.model.moe import MLP, MoE, MoEStats, mlp, moe
+from whalejax.model.overlapped import layer_stages, run_halves, scan_halves
 from whalejax.model.parameters import Initializer, read, rms_norm
 from whalejax.model.rope import Rotary, rotary
 from whalejax.model.sharding import on_own_batch
-from whalejax.parallel.expert import Placement
+from whalejax.parallel.expert import Placement, Stages
+from whalejax.parallel.mesh import EXPERT
 
 REMATERIALISATION: dict[str, Any] = {
     "none": None,
@@ -38,12 +40,16 @@ class Execution:
         layer's input), or `"dots"` (all but the matmuls of weights).
       attention: implementation of `kernels.attention`, None for the best.
       mesh: devices over which the batch is sharded.
+      overlap: run the MoE layers on two halves of each device's sequences, so that one's tokens
+        travel to their experts and back while the other computes; for a mesh with several ranks of
+        the `expert` axis.
     """
 
     precision: Precision = Precision()
     rematerialise: str = "none"
     attention: str | None = None
     mesh: Mesh | None = None
+    overlap: bool = False
 
     @property
     def fp8_mesh(self) -> Mesh | None:
@@ -61,6 +67,11 @@ class Execution:
             raise ValueError(
                 f"precision={self.precision} needs jax_enable_x64, which is "
                 f"{jax.config.jax_enable_x64}: set it before the first array is made"
+            )
+        if self.overlap and (self.mesh is None or self.mesh.shape[EXPERT] == 1):
+            raise ValueError(
+                f"overlap={self.overlap} needs a mesh with several ranks of the {EXPERT!r} axis, "
+                f"this is {None if self.mesh is None else dict(self.mesh.shape)}"
             )
 
 
@@ -165,6 +176,21 @@ def feed_forward(
     return x + out, stats
 
 
+def attend(
+    p: DecoderLayer, x: jax.Array, angles: Rotary, config: ModelConfig, execution: Execution
+) -> tuple[jax.Array, jax.Array]:
+    """The first half of a layer with its residual, `[b, t, hidden]`, and the tokens' latents."""
+    normed = rms_norm(x, p.input_layernorm, config.rms_norm_eps)
+    expanded = functools.partial(
+        attend_expanded,
+        config=config.mla,
+        implementation=execution.attention,
+        fp8=execution.precision.fp8,
+    )
+    out, kept = on_own_batch(expanded, execution.fp8_mesh)(p.self_attn, normed, angles)
+    return x + out, kept
+
+
 def decoder_layer(
     p: DecoderLayer,
     x: jax.Array,
@@ -174,15 +200,11 @@ def decoder_layer(
     placement: Placement | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, MoEStats | None]]:
     """One layer in the expanded form; gives `[b, t, hidden]`, the latents and the statistics."""
-    normed = rms_norm(x, p.input_layernorm, config.rms_norm_eps)
-    attend = functools.partial(
-        attend_expanded,
-        config=config.mla,
-        implementation=execution.attention,
-        fp8=execution.precision.fp8,
-    )
-    out, kept = on_own_batch(attend, execution.fp8_mesh)(p.self_attn, normed, angles)
-    x, stats = feed_forward(p, x + out, config, execution, placement)
+    if execution.overlap and isinstance(p.mlp, MoE):
+        stages = moe_stages(config, execution)
+        return run_halves(stages, (p, placement), x, angles, mesh=execution.mesh)
+    x, kept = attend(p, x, angles, config, execution)
+    x, stats = feed_forward(p, x, config, execution, placement)
     return x, (kept, stats)
 
 
@@ -233,13 +255,41 @@ def forward(
         )
         kept.append(latent)
     if config.num_moe_layers:
-        x, (latent, stats) = scan_layers(
-            layer, model.moe_layers, x, placement, rematerialise=execution.rematerialise
-        )
+        layers = model.moe_layers, x, angles, config, execution, placement
+        x, (latent, stats) = run_moe_layers(*layers)
         kept.append(latent)
         load, balance = stats.load, jnp.mean(stats.balance_loss)
     hidden = rms_norm(x, model.norm, config.rms_norm_eps)
     return Forward(hidden, jnp.concatenate(kept), load, balance)
+
+
+def run_moe_layers(
+    layers: DecoderLayer,
+    x: jax.Array,
+    angles: Rotary,
+    config: ModelConfig,
+    execution: Execution,
+    placement: Placement | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, MoEStats]]:
+    """Runs the stacked MoE layers; gives `[b, t, hidden]`, their latents and statistics."""
+    if not execution.overlap:
+
+        def layer(p, x, placement):
+            return decoder_layer(p, x, angles, config, execution, placement)
+
+        return scan_layers(layer, layers, x, placement, rematerialise=execution.rematerialise)
+    stages, policy = moe_stages(config, execution), REMATERIALISATION[execution.rematerialise]
+    options = {"mesh": execution.mesh, "policy": policy, "placement": placement}
+    return scan_halves(stages, layers, x, angles, **options)
+
+
+def moe_stages(config: ModelConfig, execution: Execution) -> Stages:
+    """A MoE layer cut where its tokens travel."""
+
+    def attend_here(p, x, angles):
+        return attend(p, x, angles, config, execution)
+
+    return layer_stages(attend_here, config, mesh=execution.mesh, fp8=execution.precision.fp8)
 
 
 def positions_angles(

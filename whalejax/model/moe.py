@@ -1,7 +1,7 @@
 """Feed-forward parts: the gated MLP, the router, and the mixture of experts."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,19 @@ from jax.sharding import Mesh, PartitionSpec
 
 from whalejax.kernels.accumulation import accumulator
 from whalejax.kernels.permutation import permute, plan_permutation, unpermute
+from whalejax.kernels.quantization import QuantizedArray
 from whalejax.model.config import MoEConfig
 from whalejax.model.linear import grouped_linear, linear
 from whalejax.model.parameters import Initializer, read
 from whalejax.model.sharding import on_own_batch
-from whalejax.parallel.expert import Placement, combine, dispatch
+from whalejax.parallel.expert import (
+    Dispatched,
+    Placement,
+    Returning,
+    dispatch,
+    finish_combine,
+    start_combine,
+)
 from whalejax.parallel.mesh import EXPERT
 
 
@@ -154,26 +162,52 @@ def routed_experts(
 
     With a placement it is called by every rank of the `expert` axis, with p its own experts.
     """
-    # padding costs at most `alignment - 1` rows an expert: small for training, not for decode
-    alignment = 128 if fp8 or topk_idx.size >= 64 * config.n_routed_experts else 8
-    layout = {"alignment": alignment, "fp8": fp8}
-    with jax.named_scope("dispatch"):
-        if placement is None:
-            plan = plan_permutation(topk_idx, config.n_routed_experts, alignment=alignment)
-            rows, carrier, sizes = permute(x, plan), None, plan.group_sizes
-        else:
+    alignment = rows_alignment(topk_idx.size, config, fp8)
+    if placement is not None:
+        with jax.named_scope("dispatch"):
             choice = x, topk_idx, topk_weights, placement
             wire = "fp8" if fp8 else None
             sent = dispatch(*choice, axis=EXPERT, alignment=alignment, quantize=wire)
-            rows, carrier, sizes = sent.rows(), sent.carrier, sent.group_sizes
+        outputs = visit_experts(p, sent, alignment=alignment, fp8=fp8)
+        with jax.named_scope("combine"):
+            return finish_combine(outputs)
+    with jax.named_scope("dispatch"):
+        plan = plan_permutation(topk_idx, config.n_routed_experts, alignment=alignment)
+        rows = permute(x, plan)
     with jax.named_scope("experts"):
-        up_weights = p.gate_proj, p.up_proj
-        gate, up = grouped_linear(rows, up_weights, sizes, carrier=carrier, **layout)
-        out = grouped_linear(jax.nn.silu(gate) * up, p.down_proj, sizes, **layout)
+        out = grouped_mlp(p, rows, plan.group_sizes, alignment=alignment, fp8=fp8)
     with jax.named_scope("combine"):
-        if placement is None:
-            return unpermute(out, topk_weights, plan)
-        return combine(out, sent.handle)
+        return unpermute(out, topk_weights, plan)
+
+
+def visit_experts(p: Experts, sent: Dispatched, *, alignment: int, fp8: bool) -> Returning:
+    """Runs this rank's experts on what was dispatched to them; the outputs are still here."""
+    layout = {"alignment": alignment, "fp8": fp8}
+    with jax.named_scope("experts"):
+        out = grouped_mlp(p, sent.rows(), sent.group_sizes, carrier=sent.carrier, **layout)
+    with jax.named_scope("combine"):
+        return start_combine(out, sent.handle)
+
+
+def rows_alignment(choices: int, config: MoEConfig, fp8: bool) -> int:
+    """Multiple of rows on which experts start: padding is small for training, not for decode."""
+    return 128 if fp8 or choices >= 64 * config.n_routed_experts else 8
+
+
+def grouped_mlp(
+    p: Experts,
+    rows: jax.Array | QuantizedArray,
+    group_sizes: jax.Array,
+    *,
+    alignment: int,
+    fp8: bool,
+    carrier: jax.Array | None = None,
+) -> jax.Array:
+    """SwiGLU of each row by its expert, `[rows, hidden]`; arguments as of `grouped_linear`."""
+    layout = {"alignment": alignment, "fp8": fp8}
+    up_weights = p.gate_proj, p.up_proj
+    gate, up = grouped_linear(rows, up_weights, group_sizes, carrier=carrier, **layout)
+    return grouped_linear(jax.nn.silu(gate) * up, p.down_proj, group_sizes, **layout)
 
 
 def moe(
@@ -219,9 +253,93 @@ def moe(
     routed = on_own_batch(routed, mesh, (spec, PartitionSpec()))
     out = routed((p.experts, placement), x, routing.topk_idx, routing.topk_weights)
     if config.n_shared_experts:
-        with jax.named_scope("shared_experts"):
-            shared = on_own_batch(functools.partial(mlp, fp8=fp8), mesh if fp8 else None)
-            out = out + shared(p.shared_experts, x)
+        out = out + shared_expert(p, x, mesh=mesh, fp8=fp8)
+    return out, statistics(routing, config)
+
+
+def send_tokens(
+    p: MoE,
+    x: jax.Array,
+    hold: Any,
+    config: MoEConfig,
+    *,
+    mesh: Mesh,
+    fp8: bool,
+    placement: Placement | None = None,
+) -> tuple[Dispatched, Any, MoEStats]:
+    """The part of `moe` up to the experts, over several ranks of the `expert` axis.
+
+    Args:
+      p, x, config, mesh, fp8, placement: as in `moe`.
+      hold: pytree of arrays, a part on each device along their first axes; see `dispatch`.
+
+    Returns:
+      For `run_experts`, what was dispatched, with a leading axis of all devices; what was held;
+      and the layer's statistics.
+    """
+    routing = route(p.gate, x, config)
+    if placement is None:
+        placement = Placement.uniform(config.n_routed_experts, mesh.shape[EXPERT])
+
+    def send(placement, x, topk_idx, topk_weights, hold):
+        flat = [a.reshape(-1, a.shape[-1]) for a in (x, topk_idx, topk_weights)]
+        alignment = rows_alignment(flat[1].size, config, fp8)
+        with jax.named_scope("dispatch"):
+            options = {"alignment": alignment, "quantize": "fp8" if fp8 else None}
+            sent = dispatch(*flat, placement, axis=EXPERT, hold=hold, **options)
+        return jax.tree.map(lambda a: a[None], sent._replace(held=None)), sent.held
+
+    arguments = x, routing.topk_idx, routing.topk_weights, hold
+    sent, held = on_own_batch(send, mesh)(placement, *arguments)
+    return sent, held, statistics(routing, config)
+
+
+def run_experts(
+    p: MoE, x: jax.Array, sent: Dispatched, config: MoEConfig, *, mesh: Mesh, fp8: bool
+) -> tuple[jax.Array | None, Returning]:
+    """Runs shared experts on x, and routed ones on what arrived.
+
+    Args:
+      p, x, config, mesh, fp8: as in `moe`.
+      sent: from `send_tokens`.
+
+    Returns:
+      The shared experts' output `[b, t, hidden]`, None without any; and what `receive_outputs`
+      takes, with a leading axis of all devices.
+    """
+    tokens = x.size // x.shape[-1] // mesh.size
+    alignment = rows_alignment(tokens * config.num_experts_per_tok, config, fp8)
+
+    def run(p, sent):
+        sent = jax.tree.map(lambda a: a[0], sent)
+        outputs = visit_experts(p, sent, alignment=alignment, fp8=fp8)
+        return jax.tree.map(lambda a: a[None], outputs)
+
+    outputs = on_own_batch(run, mesh, PartitionSpec(EXPERT))(p.experts, sent)
+    shared = shared_expert(p, x, mesh=mesh, fp8=fp8) if config.n_shared_experts else None
+    return shared, outputs
+
+
+def receive_outputs(x: jax.Array, outputs: Returning, *, mesh: Mesh) -> jax.Array:
+    """Adds the routed experts' outputs to `[b, t, hidden]` when they are back."""
+
+    def receive(_, x, outputs):
+        with jax.named_scope("combine"):
+            out = finish_combine(jax.tree.map(lambda a: a[0], outputs))
+        return x + out.reshape(x.shape)
+
+    return on_own_batch(receive, mesh)((), x, outputs)
+
+
+def shared_expert(p: MoE, x: jax.Array, *, mesh: Mesh | None, fp8: bool) -> jax.Array:
+    """The output of the experts that every token visits."""
+    with jax.named_scope("shared_experts"):
+        shared = on_own_batch(functools.partial(mlp, fp8=fp8), mesh if fp8 else None)
+        return shared(p.shared_experts, x)
+
+
+def statistics(routing: Routing, config: MoEConfig) -> MoEStats:
+    """What a MoE layer reports of its routing of `[b, t]` tokens."""
     experts = jnp.arange(config.n_routed_experts, dtype=jnp.int32)
     load = jnp.sum(routing.topk_idx[..., None] == experts[None, None, None], axis=(0, 1, 2))
-    return out, MoEStats(load.astype(jnp.int32), balance_loss(routing, config.n_routed_experts))
+    return MoEStats(load.astype(jnp.int32), balance_loss(routing, config.n_routed_experts))

@@ -70,8 +70,8 @@ def on_own_batch(f: Callable, mesh: Mesh | None, weights: Any = PartitionSpec())
     of one on every device. Here weights are gathered and their gradients summed over the devices.
 
     Args:
-      f: gives arrays `[b, ...]`, from a pytree of weights, one array `[b, ...]`, and others
-        `[b, ...]`, or `[1, ...]` and shared by all sequences.
+      f: gives arrays `[b, ...]`, from a pytree of weights, one array (or pytree) `[b, ...]`, and
+        others `[b, ...]`, or `[1, ...]` and shared by all sequences.
       mesh: over whose `BATCH_AXES` the batch is cut; None, or of one device, for f itself.
       weights: how those are cut that f has, one PartitionSpec or some for parts of them; whole by
         default.
@@ -91,8 +91,9 @@ def on_own_batch(f: Callable, mesh: Mesh | None, weights: Any = PartitionSpec())
         return f(jax.tree.map(varying, weights, p, is_leaf=_is_spec), *arrays)
 
     def call(p, x, *others):
-        if x.shape[0] % parts:
-            raise ValueError(f"a batch of {x.shape[0]} must be a multiple of {parts} devices")
+        size = jax.tree.leaves(x)[0].shape[0]
+        if size % parts:
+            raise ValueError(f"a batch of {size} must be a multiple of {parts} devices")
         specs = jax.tree.map(lambda a: batch if a.shape[0] > 1 else whole, others)
         placed = jax.shard_map(local, mesh=mesh, in_specs=(weights, batch, *specs), out_specs=batch)
         return placed(p, x, *others)

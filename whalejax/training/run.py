@@ -70,6 +70,8 @@ class TrainConfig:
         and their gradients in FP8); weights and optimiser are float64 in f64, else float32. f64
         needs jax_enable_x64, which the command line sets.
       rematerialise: what the backward pass computes again: none, full or dots.
+      overlap: run MoE layers on two halves of each device's sequences, so that one's tokens travel
+        to their experts and back while the other computes.
       eval_every: steps between held-out losses; 0 for none but the last.
       save_every: steps between checkpoints.
       log_every: steps between lines of metrics.
@@ -93,6 +95,7 @@ class TrainConfig:
     accumulate: int = 1
     precision: Literal["f64", "f32", "bf16", "fp8"] = "f32"
     rematerialise: str = "none"
+    overlap: bool = False
     eval_every: int = 0
     save_every: int = 200
     log_every: int = 10
@@ -121,7 +124,7 @@ class TrainConfig:
 # what may differ between a run and its continuation
 FREE_TO_CHANGE = (
     "out", "eval_every", "save_every", "log_every", "stop_at", "export", "mesh", "rematerialise",
-    "eplb",
+    "eplb", "overlap",
 )  # fmt: skip
 
 
@@ -176,6 +179,13 @@ def prepare(config: TrainConfig) -> Prepared:
             f"batch_size={config.batch_size} over accumulate={config.accumulate} must be a "
             f"multiple of the {shards} devices that share a microbatch"
         )
+    sequences = config.batch_size // config.accumulate // shards
+    if config.overlap and sequences % 2:
+        raise ValueError(
+            f"overlap={config.overlap} needs an even number of sequences on each device, but "
+            f"batch_size={config.batch_size} over accumulate={config.accumulate} and {shards} "
+            f"devices is {sequences}"
+        )
     if config.eplb.every:
         config.eplb.slots(model, mesh)
     elif model.moe is not None and model.moe.n_routed_experts % mesh.shape[EXPERT]:
@@ -193,6 +203,7 @@ def prepare(config: TrainConfig) -> Prepared:
         precision=PRECISIONS[config.precision],
         rematerialise=config.rematerialise,
         mesh=mesh if mesh.size > 1 else None,
+        overlap=config.overlap,
     )
     step = StepConfig(
         steps=config.steps,

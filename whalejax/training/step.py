@@ -17,6 +17,7 @@ from whalejax.model.parameters import RouterBias
 from whalejax.model.sharding import batch_sharding, shardings
 from whalejax.parallel.eplb import update_estimate
 from whalejax.parallel.expert import Placement
+from whalejax.parallel.runtime import overlap_options
 from whalejax.training.experts import (
     EPLBConfig,
     global_norm,
@@ -244,6 +245,7 @@ def compile_step(model: ModelConfig, config: StepConfig, mesh: Mesh) -> Callable
         in_shardings=(state, batch_sharding(mesh, leading=1)),
         out_shardings=(state, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
+        compiler_options=overlap_options(mesh) if config.execution.overlap else None,
     )
 
 
