@@ -33,10 +33,11 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--precision", choices=list(PRECISIONS), default="f32")
     parser.add_argument("--rematerialise", default="none")
-    parser.add_argument("--data-parallel", type=int, default=1)
+    parser.add_argument("--mesh", type=MeshConfig.parse, default=MeshConfig())
+    parser.add_argument("--overlap", action="store_true", help="over several ranks of experts")
     args = parser.parse_args()
 
-    model, mesh = PRESETS[args.preset], make_mesh(MeshConfig(data=args.data_parallel))
+    model, mesh = PRESETS[args.preset], make_mesh(args.mesh)
     config = StepConfig(
         steps=args.steps,
         accumulate=args.accumulate,
@@ -45,6 +46,7 @@ def main() -> None:
             precision=PRECISIONS[args.precision],
             rematerialise=args.rematerialise,
             mesh=mesh if mesh.size > 1 else None,
+            overlap=args.overlap,
         ),
     )
     tokens = join(standard_library().train, ByteTokenizer())
