@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--rematerialise", default="none")
     parser.add_argument("--mesh", type=MeshConfig.parse, default=MeshConfig())
     parser.add_argument("--overlap", action="store_true", help="over several ranks of experts")
+    parser.add_argument("--capacity-factor", type=float, help="of the rows of a rank")
     args = parser.parse_args()
 
     model, mesh = PRESETS[args.preset], make_mesh(args.mesh)
@@ -47,6 +48,7 @@ def main() -> None:
             rematerialise=args.rematerialise,
             mesh=mesh if mesh.size > 1 else None,
             overlap=args.overlap,
+            capacity_factor=args.capacity_factor,
         ),
     )
     tokens = join(standard_library().train, ByteTokenizer())
@@ -60,7 +62,8 @@ def main() -> None:
         state, metrics = step(state, jax.device_put(np.reshape(rows, shape), sharding))
         loss = float(metrics["loss_main"])  # waits for the step
         times.append(time.perf_counter())
-        print(f"step {i + 1}/{args.steps}  loss {loss:.3f}", flush=True)
+        overflow = int(metrics["overflow"])  # choices of experts that were left out
+        print(f"step {i + 1}/{args.steps}  loss {loss:.3f}  overflow {overflow}", flush=True)
 
     seconds = np.median(np.diff(times))  # the first step compiles, and is not among them
     rate = args.batch_size * args.length / seconds

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 from flax import nnx
 
 from whalejax.model.config import MoEConfig
+from whalejax.model.decoder import Execution
 from whalejax.model.moe import MoE, Routing, balance_loss, moe, route
 from whalejax.model.parameters import Initializer
 from whalejax.parallel.expert import Placement
@@ -153,6 +155,31 @@ def test_replicas_share_the_work_and_the_gradient_of_their_expert(mesh_config):
         assert all(np.abs(b[slot]).max() > 0 for slot in range(12))  # no replica is idle
         summed = np.stack([b[slots == expert].sum(0) for expert in range(8)])
         np.testing.assert_allclose(a, summed, rtol=1e-4, atol=1e-5)
+
+
+def test_what_exceeds_the_capacity_is_left_out_and_counted():
+    p, x = layer(), tokens(batch=8, length=64)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, expert=4))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(x, factor):
+        return moe(p, x, CONFIG, mesh=mesh, capacity_factor=factor)
+
+    whole, stats = run(x, None)
+    enough, stats_enough = run(x, 4.0)
+    assert stats.overflow == stats_enough.overflow == 0
+    np.testing.assert_allclose(enough, whole, rtol=1e-5, atol=1e-6)
+    chosen = np.asarray(route(p.gate, x, CONFIG).topk_idx).reshape(2, -1)  # of each replica
+    rows = 32 + 2 * 8  # a quarter of 64 tokens' 2 choices, and padding for 2 slots of 8 rows
+    expected = 0
+    for choices in chosen:
+        for first, second in np.bincount(choices, minlength=8).reshape(4, 2):
+            start = -(-first // 8) * 8
+            expected += first - min(first, rows) + second - np.clip(rows - start, 0, second)
+    part, stats = run(x, 0.25)
+    assert stats.overflow == expected > 0 and jnp.any(part != whole)
+    with pytest.raises(ValueError, match="capacity_factor=0 must be positive"):
+        Execution(capacity_factor=0)
 
 
 def test_a_placement_needs_its_ranks():

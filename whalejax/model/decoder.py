@@ -43,6 +43,9 @@ class Execution:
       overlap: run the MoE layers on two halves of each device's sequences, so that one's tokens
         travel to their experts and back while the other computes; for a mesh with several ranks of
         the `expert` axis.
+      capacity_factor: rows of a rank's experts, in multiples of what it gets of a balanced load;
+        what is too much is left out of the model and counted. None for enough rows for any load:
+        nothing is left out, at the cost of as many rows as all ranks together can send.
     """
 
     precision: Precision = Precision()
@@ -50,6 +53,7 @@ class Execution:
     attention: str | None = None
     mesh: Mesh | None = None
     overlap: bool = False
+    capacity_factor: float | None = None
 
     @property
     def fp8_mesh(self) -> Mesh | None:
@@ -68,6 +72,8 @@ class Execution:
                 f"precision={self.precision} needs jax_enable_x64, which is "
                 f"{jax.config.jax_enable_x64}: set it before the first array is made"
             )
+        if self.capacity_factor is not None and not self.capacity_factor > 0:
+            raise ValueError(f"capacity_factor={self.capacity_factor} must be positive")
         if self.overlap and (self.mesh is None or self.mesh.shape[EXPERT] == 1):
             raise ValueError(
                 f"overlap={self.overlap} needs a mesh with several ranks of the {EXPERT!r} axis, "
@@ -136,12 +142,14 @@ class Forward(NamedTuple):
       latents: `[layers, b, t, cache_dim]`, what decode needs of these tokens.
       load: `i32[moe_layers, E]`, tokens of each expert.
       balance_loss: `f32|f64[]`, mean over the MoE layers; 0 without any.
+      overflow: `i32[]`, choices of experts that were left out, see `Execution.capacity_factor`.
     """
 
     hidden: jax.Array
     latents: jax.Array
     load: jax.Array
     balance_loss: jax.Array
+    overflow: jax.Array
 
 
 def embed(model: Decoder, tokens: jax.Array, dtype: Any = None) -> jax.Array:
@@ -171,8 +179,9 @@ def feed_forward(
             functools.partial(mlp, fp8=execution.precision.fp8), execution.fp8_mesh
         )
         return x + dense(p.mlp, normed), None
-    options = {"mesh": execution.mesh, "fp8": execution.precision.fp8, "placement": placement}
-    out, stats = moe(p.mlp, normed, config.moe, **options)
+    options = {"mesh": execution.mesh, "fp8": execution.precision.fp8}
+    limits = {"placement": placement, "capacity_factor": execution.capacity_factor}
+    out, stats = moe(p.mlp, normed, config.moe, **options, **limits)
     return x + out, stats
 
 
@@ -248,7 +257,7 @@ def forward(
         return decoder_layer(p, x, angles, config, execution, placement)
 
     kept, load = [], jnp.zeros((0, 0), jnp.int32)
-    balance = jnp.zeros((), accumulator(x.dtype))
+    balance, overflow = jnp.zeros((), accumulator(x.dtype)), jnp.int32(0)
     if config.num_dense_layers:
         x, (latent, _) = scan_layers(
             layer, model.dense_layers, x, rematerialise=execution.rematerialise
@@ -259,8 +268,9 @@ def forward(
         x, (latent, stats) = run_moe_layers(*layers)
         kept.append(latent)
         load, balance = stats.load, jnp.mean(stats.balance_loss)
+        overflow = jnp.sum(stats.overflow, dtype=jnp.int32)
     hidden = rms_norm(x, model.norm, config.rms_norm_eps)
-    return Forward(hidden, jnp.concatenate(kept), load, balance)
+    return Forward(hidden, jnp.concatenate(kept), load, balance, overflow)
 
 
 def run_moe_layers(
@@ -289,7 +299,8 @@ def moe_stages(config: ModelConfig, execution: Execution) -> Stages:
     def attend_here(p, x, angles):
         return attend(p, x, angles, config, execution)
 
-    return layer_stages(attend_here, config, mesh=execution.mesh, fp8=execution.precision.fp8)
+    options = {"mesh": execution.mesh, "fp8": execution.precision.fp8}
+    return layer_stages(attend_here, config, **options, capacity_factor=execution.capacity_factor)
 
 
 def positions_angles(

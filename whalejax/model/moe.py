@@ -1,6 +1,7 @@
 """Feed-forward parts: the gated MLP, the router, and the mixture of experts."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -79,10 +80,17 @@ class Routing(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """What a MoE layer reports: `load i32[E]`, tokens of each expert, and the balance loss."""
+    """What a MoE layer reports.
+
+    Attributes:
+      load: `i32[E]`, tokens of each expert.
+      balance_loss: `f32|f64[]`.
+      overflow: `i32[]`, choices that no rank had a row for.
+    """
 
     load: jax.Array
     balance_loss: jax.Array
+    overflow: jax.Array
 
 
 def mlp(p: MLP, x: jax.Array, *, fp8: bool = False) -> jax.Array:
@@ -157,27 +165,30 @@ def routed_experts(
     *,
     fp8: bool = False,
     placement: Placement | None = None,
-) -> jax.Array:
-    """Sends `[T, hidden]` tokens through their experts and sums the weighted outputs; dropless.
+    capacity_factor: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Sends `[T, hidden]` tokens through their experts and sums the weighted outputs.
 
-    With a placement it is called by every rank of the `expert` axis, with p its own experts.
+    With a placement it is called by every rank of the `expert` axis, with p its own experts. Gives
+    the overflow of this rank too, `i32[]`: 0 without a factor.
     """
     alignment = rows_alignment(topk_idx.size, config, fp8)
     if placement is not None:
         with jax.named_scope("dispatch"):
             choice = x, topk_idx, topk_weights, placement
-            wire = "fp8" if fp8 else None
-            sent = dispatch(*choice, axis=EXPERT, alignment=alignment, quantize=wire)
+            limit = max_rows(topk_idx.size, placement, alignment, capacity_factor)
+            options = {"alignment": alignment, "quantize": "fp8" if fp8 else None}
+            sent = dispatch(*choice, axis=EXPERT, max_rows=limit, **options)
         outputs = visit_experts(p, sent, alignment=alignment, fp8=fp8)
         with jax.named_scope("combine"):
-            return finish_combine(outputs)
+            return finish_combine(outputs), sent.overflow
     with jax.named_scope("dispatch"):
         plan = plan_permutation(topk_idx, config.n_routed_experts, alignment=alignment)
         rows = permute(x, plan)
     with jax.named_scope("experts"):
         out = grouped_mlp(p, rows, plan.group_sizes, alignment=alignment, fp8=fp8)
     with jax.named_scope("combine"):
-        return unpermute(out, topk_weights, plan)
+        return unpermute(out, topk_weights, plan), plan.overflow
 
 
 def visit_experts(p: Experts, sent: Dispatched, *, alignment: int, fp8: bool) -> Returning:
@@ -192,6 +203,15 @@ def visit_experts(p: Experts, sent: Dispatched, *, alignment: int, fp8: bool) ->
 def rows_alignment(choices: int, config: MoEConfig, fp8: bool) -> int:
     """Multiple of rows on which experts start: padding is small for training, not for decode."""
     return 128 if fp8 or choices >= 64 * config.n_routed_experts else 8
+
+
+def max_rows(
+    choices: int, placement: Placement, alignment: int, capacity_factor: float | None
+) -> int | None:
+    """Rows of a rank: so many times what a balanced load brings, and the padding of its slots."""
+    if capacity_factor is None:
+        return None
+    return math.ceil(choices * capacity_factor) + alignment * placement.slots_per_rank
 
 
 def grouped_mlp(
@@ -218,6 +238,7 @@ def moe(
     mesh: Mesh | None = None,
     fp8: bool = False,
     placement: Placement | None = None,
+    capacity_factor: float | None = None,
 ) -> tuple[jax.Array, MoEStats]:
     """Routed plus shared experts.
 
@@ -230,6 +251,8 @@ def moe(
       fp8: multiply by the experts' weights in FP8.
       placement: of the experts over those ranks, uniform unless given; p then has a weight for
         each of its slots, not of the experts.
+      capacity_factor: rows of a rank's experts, in multiples of what it gets of a balanced load;
+        None for enough for any. What is too much is left out, and counted.
 
     Returns:
       `[b, t, hidden]` and the layer's statistics.
@@ -248,13 +271,16 @@ def moe(
     def routed(p_and_placement, x, topk_idx, topk_weights):
         p, placement = p_and_placement
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, topk_idx, topk_weights)]
-        return routed_experts(p, *flat, config, fp8=fp8, placement=placement).reshape(x.shape)
+        options = {"fp8": fp8, "placement": placement, "capacity_factor": capacity_factor}
+        out, overflow = routed_experts(p, *flat, config, **options)
+        return out.reshape(x.shape), overflow[None]
 
     routed = on_own_batch(routed, mesh, (spec, PartitionSpec()))
-    out = routed((p.experts, placement), x, routing.topk_idx, routing.topk_weights)
+    choice = x, routing.topk_idx, routing.topk_weights
+    out, overflow = routed((p.experts, placement), *choice)
     if config.n_shared_experts:
         out = out + shared_expert(p, x, mesh=mesh, fp8=fp8)
-    return out, statistics(routing, config)
+    return out, statistics(routing, config, overflow)
 
 
 def send_tokens(
@@ -266,11 +292,12 @@ def send_tokens(
     mesh: Mesh,
     fp8: bool,
     placement: Placement | None = None,
+    capacity_factor: float | None = None,
 ) -> tuple[Dispatched, Any, MoEStats]:
     """The part of `moe` up to the experts, over several ranks of the `expert` axis.
 
     Args:
-      p, x, config, mesh, fp8, placement: as in `moe`.
+      p, x, config, mesh, fp8, placement, capacity_factor: as in `moe`.
       hold: pytree of arrays, a part on each device along their first axes; see `dispatch`.
 
     Returns:
@@ -285,13 +312,14 @@ def send_tokens(
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, topk_idx, topk_weights)]
         alignment = rows_alignment(flat[1].size, config, fp8)
         with jax.named_scope("dispatch"):
-            options = {"alignment": alignment, "quantize": "fp8" if fp8 else None}
-            sent = dispatch(*flat, placement, axis=EXPERT, hold=hold, **options)
+            options = {"alignment": alignment, "quantize": "fp8" if fp8 else None, "hold": hold}
+            limit = max_rows(flat[1].size, placement, alignment, capacity_factor)
+            sent = dispatch(*flat, placement, axis=EXPERT, max_rows=limit, **options)
         return jax.tree.map(lambda a: a[None], sent._replace(held=None)), sent.held
 
     arguments = x, routing.topk_idx, routing.topk_weights, hold
     sent, held = on_own_batch(send, mesh)(placement, *arguments)
-    return sent, held, statistics(routing, config)
+    return sent, held, statistics(routing, config, sent.overflow)
 
 
 def run_experts(
@@ -338,8 +366,9 @@ def shared_expert(p: MoE, x: jax.Array, *, mesh: Mesh | None, fp8: bool) -> jax.
         return shared(p.shared_experts, x)
 
 
-def statistics(routing: Routing, config: MoEConfig) -> MoEStats:
-    """What a MoE layer reports of its routing of `[b, t]` tokens."""
+def statistics(routing: Routing, config: MoEConfig, overflow: jax.Array) -> MoEStats:
+    """What a MoE layer reports of its routing of `[b, t]` tokens; `overflow` is of each device."""
     experts = jnp.arange(config.n_routed_experts, dtype=jnp.int32)
     load = jnp.sum(routing.topk_idx[..., None] == experts[None, None, None], axis=(0, 1, 2))
-    return MoEStats(load.astype(jnp.int32), balance_loss(routing, config.n_routed_experts))
+    balance = balance_loss(routing, config.n_routed_experts)
+    return MoEStats(load.astype(jnp.int32), balance, jnp.sum(overflow, dtype=jnp.int32))

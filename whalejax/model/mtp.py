@@ -31,11 +31,13 @@ class MTPForward(NamedTuple):
       hidden: `[depth, b, t, hidden]`, normed; the last k positions of depth k are meaningless.
       load: `i32[depth, E]`, tokens of each expert.
       balance_loss: `f32|f64[]`, mean over the depths.
+      overflow: `i32[]`, as of `Forward`.
     """
 
     hidden: jax.Array
     load: jax.Array
     balance_loss: jax.Array
+    overflow: jax.Array
 
 
 def predict_further(
@@ -81,4 +83,5 @@ def predict_further(
     with jax.named_scope("mtp"):
         layers = module, model.mtp_layers, hidden, shifted, placement
         _, (hidden, stats) = scan_layers(*layers, rematerialise=execution.rematerialise)
-    return MTPForward(hidden, stats.load, jnp.mean(stats.balance_loss))
+    overflow = jnp.sum(stats.overflow, dtype=jnp.int32)
+    return MTPForward(hidden, stats.load, jnp.mean(stats.balance_loss), overflow)

@@ -17,7 +17,14 @@ from whalejax.parallel.expert import Placement, Stages, interleave, overlap_micr
 Reported = tuple[jax.Array, MoEStats]  # latents and statistics
 
 
-def layer_stages(attend: Callable, config: ModelConfig, *, mesh: Mesh, fp8: bool) -> Stages:
+def layer_stages(
+    attend: Callable,
+    config: ModelConfig,
+    *,
+    mesh: Mesh,
+    fp8: bool,
+    capacity_factor: float | None = None,
+) -> Stages:
     """A MoE layer cut where tokens travel.
 
     Its p is a pair: the layer's weights, and the placement of its experts or None.
@@ -27,6 +34,7 @@ def layer_stages(attend: Callable, config: ModelConfig, *, mesh: Mesh, fp8: bool
       config: of the model.
       mesh: with several ranks of the `expert` axis.
       fp8: multiply by the experts' weights in FP8.
+      capacity_factor: of the experts' rows, see `moe`.
     """
     options = {"mesh": mesh, "fp8": fp8}
 
@@ -34,8 +42,8 @@ def layer_stages(attend: Callable, config: ModelConfig, *, mesh: Mesh, fp8: bool
         p, placement = placed
         x, latents = attend(p, x, angles)
         normed = rms_norm(x, p.post_attention_layernorm, config.rms_norm_eps)
-        sent = send_tokens(p.mlp, normed, hold, config.moe, **options, placement=placement)
-        sent, held, stats = sent
+        limits = {"placement": placement, "capacity_factor": capacity_factor}
+        sent, held, stats = send_tokens(p.mlp, normed, hold, config.moe, **options, **limits)
         return (x, normed), sent, held, (latents, stats)
 
     def compute(placed, kept, sent):
@@ -139,6 +147,6 @@ def join_halves(halves: tuple[jax.Array, jax.Array], mesh: Mesh) -> jax.Array:
 
 
 def mean_statistics(first: MoEStats, second: MoEStats) -> MoEStats:
-    """The statistics of both halves together: loads add up, balance losses are means."""
+    """The statistics of both halves together: counts add up, balance losses are means."""
     balance = (first.balance_loss + second.balance_loss) / 2
-    return MoEStats(first.load + second.load, balance)
+    return MoEStats(first.load + second.load, balance, first.overflow + second.overflow)

@@ -39,6 +39,7 @@ class Losses(NamedTuple):
       main, mtp, balance: `f32|f64[]`.
       load: `i32[moe_layers, E]`, tokens of each expert.
       mtp_load: `i32[depths, E]`, the same in the MTP modules.
+      overflow: `i32[]`, choices of experts that were left out, of all layers.
     """
 
     main: jax.Array
@@ -46,6 +47,7 @@ class Losses(NamedTuple):
     balance: jax.Array
     load: jax.Array
     mtp_load: jax.Array
+    overflow: jax.Array
 
 
 def chunk_length(batch: int, length: int, vocab_size: int) -> int:
@@ -106,7 +108,7 @@ def training_loss(
     ones = jnp.ones(labels.shape, accumulator(out.hidden.dtype))
     main = cross_entropy(model, out.hidden, labels, ones) / labels.size
     mtp, balance, mtp_load = jnp.zeros_like(main), out.balance_loss, jnp.zeros((0, 0), jnp.int32)
-    depths = model.config.num_nextn_predict_layers
+    depths, overflow = model.config.num_nextn_predict_layers, out.overflow
     if depths:
         ahead_placed = _part(placement, slice(layers, None))
         further = predict_further(model, out.hidden, inputs, execution, placement=ahead_placed)
@@ -117,9 +119,9 @@ def training_loss(
             nll = cross_entropy(model, further.hidden[depth - 1], ahead, known)
             mtp = mtp + nll / (labels.shape[0] * max(labels.shape[1] - depth, 1) * depths)
         balance = (balance * layers + further.balance_loss * depths) / (layers + depths)
-        mtp_load = further.load
+        mtp_load, overflow = further.load, overflow + further.overflow
     total = main + config.mtp_weight * mtp + config.balance_weight * balance
-    return total, Losses(main, mtp, balance, out.load, mtp_load)
+    return total, Losses(main, mtp, balance, out.load, mtp_load, overflow)
 
 
 def heldout_loss(

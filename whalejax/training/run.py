@@ -72,6 +72,8 @@ class TrainConfig:
       rematerialise: what the backward pass computes again: none, full or dots.
       overlap: run MoE layers on two halves of each device's sequences, so that one's tokens travel
         to their experts and back while the other computes.
+      capacity_factor: rows of a rank's experts, in multiples of what it gets of a balanced load;
+        what is too much is left out, and counted in the metrics (overflow). None for any load.
       eval_every: steps between held-out losses; 0 for none but the last.
       save_every: steps between checkpoints.
       log_every: steps between lines of metrics.
@@ -96,6 +98,7 @@ class TrainConfig:
     precision: Literal["f64", "f32", "bf16", "fp8"] = "f32"
     rematerialise: str = "none"
     overlap: bool = False
+    capacity_factor: float | None = None
     eval_every: int = 0
     save_every: int = 200
     log_every: int = 10
@@ -204,6 +207,7 @@ def prepare(config: TrainConfig) -> Prepared:
         rematerialise=config.rematerialise,
         mesh=mesh if mesh.size > 1 else None,
         overlap=config.overlap,
+        capacity_factor=config.capacity_factor,
     )
     step = StepConfig(
         steps=config.steps,

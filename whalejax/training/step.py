@@ -152,7 +152,8 @@ def train_step(
 
     Returns:
       The state after the step, and metrics: losses in nats a token, `grad_norm`, `lr`, `load`
-      (`f32[moe_layers + depths, E]`, share of the choices), `skipped`, `bad_streak`.
+      (`f32[moe_layers + depths, E]`, share of the choices), `overflow` (choices that were left
+      out), `skipped`, `bad_streak`.
     """
     loss, parts, grads = mean_gradients(model, config, state, batch)
     if state.placement is not None:
@@ -188,6 +189,7 @@ def train_step(
         "grad_norm": grad_norm,
         "lr": jnp.asarray(lr, jnp.float32),
         "load": load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0),
+        "overflow": parts.overflow,
         "skipped": state.skipped,
         "bad_streak": state.bad_streak,
     }
@@ -251,11 +253,12 @@ def compile_step(model: ModelConfig, config: StepConfig, mesh: Mesh) -> Callable
 
 @functools.lru_cache(maxsize=8)
 def compile_heldout(model: ModelConfig, execution: Execution, mesh: Mesh) -> Callable:
-    """`heldout_loss` of a state, jitted.
+    """`heldout_loss` of a state, jitted; no choice of experts is left out.
 
     Takes `(params, router_bias, placement, tokens, weights)`, the first three of the state.
     """
     graphdef = graphdef_of(model)
+    execution = dataclasses.replace(execution, capacity_factor=None)
 
     def loss(params, router_bias, placement, tokens, weights):
         decoder = nnx.merge(graphdef, params, router_bias)
