@@ -84,21 +84,21 @@ class Dispatched(NamedTuple):
       tokens: `[rows, H]`, sorted by slot, each slot's on a multiple of the alignment; or
         `[slots, max_tokens, H]`. In FP8 e4m3. Padding is zero.
       scales: in FP8 `f32[rows, ceil(H / 128)]`, or of each slot, else None.
-      carrier: in FP8 zeros of the tokens' shape and of x's dtype, whose gradient is the tokens':
-        for `fp8_grouped_linear`; else None.
       group_sizes: `i32[slots_per_rank]`, tokens of each slot.
       handle: for `combine`.
       overflow: `i32[]`, copies of tokens that found no place on this rank: on their way from it,
         or in the rows of its slots. 0 where nothing limits them.
+      carrier: in FP8 zeros of the tokens' shape and of x's dtype, whose gradient is the tokens':
+        for `fp8_grouped_linear`; else None.
       held: what was passed as `hold`.
     """
 
     tokens: jax.Array
     scales: jax.Array | None
-    carrier: jax.Array | None
     group_sizes: jax.Array
     handle: Handle
     overflow: jax.Array
+    carrier: jax.Array | None = None
     held: Any = None
 
     def rows(self) -> jax.Array | QuantizedArray:
@@ -198,7 +198,9 @@ def dispatch(
         shape = (placement.slots_per_rank, max_tokens, -1)
         payload = jax.tree.map(lambda a: a.reshape(shape), payload)
     overflow = sum((hop.overflow for hop in handle.hops), handle.local.overflow)
-    return Dispatched(*guard(payload), handle.local.group_sizes, handle, overflow, hold)
+    tokens, scales, carrier = guard(payload)
+    sizes = handle.local.group_sizes
+    return Dispatched(tokens, scales, sizes, handle, overflow, carrier, hold)
 
 
 def combine(y: jax.Array, handle: Handle) -> jax.Array:

@@ -1,8 +1,8 @@
 """Compiles a training step for 8 H100s, on a machine without one, and says how it is scheduled.
 
-`compile_for_h100.py CUDA PRECISION [overlap]`: CUDA is a folder with JAX's CUDA plugin. Prints a
-line of JSON: for each all-to-all the matmuls that are scheduled between its start and its done, by
-half-batch; and the bytes on a device.
+`compile_for_h100.py CUDA PRECISION CAPACITY [overlap]`: CUDA is a folder with JAX's CUDA plugin,
+CAPACITY a factor or `none`. Prints a line of JSON: for each all-to-all the matmuls that are
+scheduled between its start and its done, by half-batch; and the bytes on a device.
 """
 
 import dataclasses
@@ -116,7 +116,7 @@ def transfers(text):
             )
 
 
-def compile_step(precision, overlap):
+def compile_step(precision, capacity_factor, overlap):
     """The compiled step, and bytes on a device: of state, batch, and the most rows of a half."""
     import jax
     import jax.numpy as jnp
@@ -141,7 +141,11 @@ def compile_step(precision, overlap):
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x8")
     mesh = make_mesh(MeshConfig(fsdp=1, expert=8), topology.devices)
     execution = Execution(
-        precision=PRECISIONS[precision], rematerialise="full", mesh=mesh, overlap=overlap
+        precision=PRECISIONS[precision],
+        rematerialise="full",
+        mesh=mesh,
+        overlap=overlap,
+        capacity_factor=capacity_factor,
     )
     config = step.StepConfig(steps=10, execution=execution)
     state = step.abstract_state(model, config, mesh)
@@ -159,11 +163,12 @@ def compile_step(precision, overlap):
     }
 
 
-def main(cuda, precision, overlap=None):
+def main(cuda, precision, capacity, overlap=None):
     """Compiles and prints."""
     sys.path.insert(0, cuda)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    compiled, sizes = compile_step(precision, overlap == "overlap")
+    factor = None if capacity == "none" else float(capacity)
+    compiled, sizes = compile_step(precision, factor, overlap == "overlap")
     text, memory = compiled.as_text(), compiled.memory_analysis()
     instructions = (rest for body in computations(text).values() for _, rest in body)
     result = {
