@@ -10,7 +10,6 @@ and a step takes 1 / balancedness times as long as it could where experts decide
 
 import argparse
 import dataclasses
-import json
 import platform
 import sys
 import time
@@ -18,10 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from whalejax.bench.report import at_least_one
+from whalejax.bench.report import Bench, at_least_one
 from whalejax.parallel.eplb import gpu_loads, rebalance_experts
 from whalejax.training.metrics import read_metrics
 
@@ -275,28 +273,17 @@ def main(args: Sequence[str] | None = None) -> None:
     given = parser().parse_args(args)
     schedule = Schedule(every=given.every, decay=given.decay, max_moves=given.max_moves)
     cases = [recorded(given.metrics)] if given.metrics else []
-    if given.out:  # a path that cannot be written fails before anything is replayed
-        given.out.write_text("")
+    bench = Bench("eplb", given, args)
+    bench.context |= {"timer": "perf_counter", "device": f"CPU ({platform.machine()})"}
     cases += [deepseek(kind, given.steps) for kind in ("walk", "sudden")]
-    context = {
-        "timer": "perf_counter",
-        "device": f"CPU ({platform.machine()})",
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
-        "command": " ".join(["python -m whalejax.bench.eplb", *args]),
-    }
-    rows, found = [], {}
+    found = {}
     for case in cases:
         for policy in POLICIES:
             found[str(case), policy] = replay(case, policy, schedule)
-            rows.append(row(case, policy, schedule, found[str(case), policy]))
-            line = json.dumps(rows[-1] | context)
-            print(line, flush=True)
-            if given.out:
-                with given.out.open("a") as file:
-                    file.write(line + "\n")
+            bench.keep(row(case, policy, schedule, found[str(case), policy]))
     if given.plot:
         draw(cases, found, schedule.every, given.plot)
-    table(rows)
+    table(bench.rows)
 
 
 def table(rows: list[dict[str, Any]]) -> None:

@@ -32,7 +32,7 @@ REMATERIALISATION: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How the forward pass runs; it does not change what is computed.
+    """How the forward pass runs; only `capacity_factor` changes what is computed.
 
     Attributes:
       precision: of the activations, and whether matmuls run in FP8.
@@ -253,8 +253,8 @@ def forward(
     x = embed(model, tokens, execution.precision.dtype)
     angles = positions_angles(tokens, positions, config, x.dtype)
 
-    def layer(p, x, placement=None):
-        return decoder_layer(p, x, angles, config, execution, placement)
+    def layer(p, x):
+        return decoder_layer(p, x, angles, config, execution)
 
     kept, load = [], jnp.zeros((0, 0), jnp.int32)
     balance, overflow = jnp.zeros((), accumulator(x.dtype)), jnp.int32(0)
