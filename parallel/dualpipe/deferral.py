@@ -1,0 +1,249 @@
+"""Weight gradients that wait: input gradients now, for the stage before, the weights' later.
+
+A weight whose gradient shall wait travels through the stage as a `Deferred`, and the matmul that
+uses it is written as `deferrable(f, x, w)`. Its backward rule gives, beside the usual gradients,
+all that the weight gradient needs (x and the gradient of the output) as the gradient of `slots`,
+arrays that no value uses. Slots lie beside the weight in the parameters, so a scan over layers
+stacks them as it stacks gradients. Of the gradients and the slots only one is used in a program,
+and XLA removes what the other would cost.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Record:
+    """Calls of `deferrable`, as they are made; equals itself alone, as does a trace that has it."""
+
+    def __init__(self):
+        self.calls: list[Call] = []
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("value", "slots"),  # a scan over layers cuts both alike
+    meta_fields=("key", "record"),
+)
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """A weight whose gradient can wait.
+
+    Attributes:
+      value: the weight.
+      slots: what takes the gradient's ingredients, None while calls are recorded.
+      key: which of the stage's parameters it is.
+      record: of calls, or None.
+    """
+
+    value: Any
+    slots: Any
+    key: int
+    record: Record | None = None
+
+
+class Call(NamedTuple):
+    """A call of `deferrable` as it was recorded.
+
+    Attributes:
+      f: the function.
+      keys: of its weights.
+      weights: shapes of the weights, as the call saw them, and their pytree.
+      x, y: shapes of its input and output.
+    """
+
+    f: Callable
+    keys: tuple[int, ...]
+    weights: Any
+    x: Any
+    y: Any
+
+
+def deferrable(f: Callable, x: Any, w: Any) -> Any:
+    """`f(x, w)`, such that the gradient of w can wait if a pipeline wants that.
+
+    Args:
+      f: linear in w, and pure; it is called again for the gradients.
+      x: pytree of arrays; those of integers or of FP8 get no gradient.
+      w: an array or a pytree of arrays, parameters of the stage as they are, or as a scan over
+        layers cuts them.
+
+    Raises:
+      ValueError: some weights of the call can wait, others cannot.
+    """
+    weights, structure = jax.tree.flatten(w, is_leaf=_is_deferred)
+    waiting = [each for each in weights if _is_deferred(each)]
+    if not waiting:
+        return f(x, w)
+    if len(waiting) < len(weights):
+        raise ValueError(
+            f"deferrable: {len(waiting)} of the {len(weights)} weights of one call are deferred: "
+            f"all must be, or none"
+        )
+    values = structure.unflatten([each.value for each in waiting])
+    if waiting[0].record is None:
+        return _deferrable(f, x, values, waiting[0].slots)
+    y = f(x, values)
+    keys = tuple(each.key for each in waiting)
+    shapes = (jax.tree.map(_shape, tree) for tree in (values, x, y))
+    waiting[0].record.calls.append(Call(f, keys, *shapes))
+    return y
+
+
+def _is_deferred(leaf):
+    return isinstance(leaf, Deferred)
+
+
+def _shape(array):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _deferrable(f, x, w, slots):
+    del slots
+    return f(x, w)
+
+
+def _forward(f, x, w, slots):
+    del slots
+    return f(x, w), (x, w)
+
+
+def _backward(f, residuals, dy):
+    x, w = residuals
+    leaves, structure = jax.tree.flatten(x)
+    wide = {i: leaf for i, leaf in enumerate(leaves) if _is_wide(leaf)}
+
+    def of_wide(wide, w):
+        return f(structure.unflatten([wide.get(i, leaf) for i, leaf in enumerate(leaves)]), w)
+
+    _, vjp = jax.vjp(of_wide, wide, w)
+    dwide, dw = vjp(dy)
+    dx = structure.unflatten([dwide.get(i) for i in range(len(leaves))])
+    return dx, dw, (jax.tree.map(_as_float, x), dy)
+
+
+_deferrable.defvjp(_forward, _backward)
+
+
+def _is_wide(leaf):
+    """Whether a leaf has a gradient: a float, but not of FP8."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1
+
+
+def _as_float(leaf):
+    """A leaf as a float, as only floats have gradients; counts below 2^24 are exact."""
+    return leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(jnp.float32)
+
+
+class Deferral(NamedTuple):
+    """The weights of a stage whose gradients wait, and the calls that use them.
+
+    Attributes:
+      calls: one for each weight, or for those that are used together.
+      stacks: of each call, the axes that its weights have in the parameters before those that the
+        call saw: one number for each axis that a scan cuts.
+    """
+
+    calls: tuple[Call, ...]
+    stacks: tuple[tuple[int, ...], ...]
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """All weights that wait."""
+        return tuple(key for call in self.calls for key in call.keys)
+
+    def slots(self) -> tuple:
+        """Zeros for what each call leaves."""
+
+        def of_call(call, stack):
+            kept = jax.eval_shape(lambda: (jax.tree.map(_as_float, zeros(call.x)), zeros(call.y)))
+            return jax.tree.map(lambda a: jnp.zeros((*stack, *a.shape), a.dtype), kept)
+
+        def zeros(tree):
+            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
+
+        return tuple(map(of_call, self.calls, self.stacks))
+
+    def defer(self, parameters: Sequence[jax.Array], slots: tuple) -> list:
+        """The parameters, with those that wait as `Deferred`."""
+        leaves = list(parameters)
+        for call, of_call in zip(self.calls, slots, strict=True):
+            for place, key in enumerate(call.keys):
+                leaves[key] = Deferred(leaves[key], None if place else of_call, key)
+        return leaves
+
+    def weight_gradients(self, parameters: Sequence[jax.Array], slots: tuple) -> dict:
+        """The gradients of the weights that waited, by key."""
+        found = {}
+        for call, stack, (x, dy) in zip(self.calls, self.stacks, slots, strict=True):
+            of_layer = functools.partial(_weight_gradient, call)
+            for _ in stack:
+                of_layer = functools.partial(lax.map, of_layer)
+            weights = [parameters[key] for key in call.keys]
+            found.update(zip(call.keys, of_layer((weights, x, dy)), strict=True))
+        return found
+
+
+def _weight_gradient(call, arguments):
+    weights, x, dy = arguments
+    x = jax.tree.map(lambda kept, like: kept.astype(like.dtype), x, call.x)
+    structure = jax.tree.structure(call.weights)
+    _, vjp = jax.vjp(lambda *ws: call.f(x, structure.unflatten(ws)), *weights)
+    return list(vjp(dy))
+
+
+def find_calls(
+    run: Callable, parameters: Sequence[jax.Array], names: Sequence[str], chosen: Sequence[int]
+) -> Deferral:
+    """Records how a stage uses the weights that are to wait.
+
+    Args:
+      run: calls the stage with parameters of which the chosen ones are `Deferred`.
+      parameters: of a stage, a list of arrays.
+      names: of them, for messages.
+      chosen: indices of those to wait.
+
+    Raises:
+      ValueError: one of them is not used in exactly one call of `deferrable`; prints its name.
+    """
+    record = Record()
+
+    def recorded(parameters):
+        leaves = list(parameters)
+        for key in chosen:
+            leaves[key] = Deferred(leaves[key], None, key, record)
+        return run(leaves)
+
+    jax.eval_shape(recorded, list(parameters))
+    uses = [key for call in record.calls for key in call.keys]
+    wrong = [f"{names[key]} in {uses.count(key)}" for key in chosen if uses.count(key) != 1]
+    if wrong:
+        raise ValueError(
+            f"defer: a weight must be used in exactly one call of deferrable, but a stage uses "
+            f"{', '.join(wrong)}"
+        )
+    stacks = tuple(_stack(call, parameters) for call in record.calls)
+    return Deferral(tuple(record.calls), stacks)
+
+
+def _stack(call, parameters):
+    """The axes of a call's weights that it did not see."""
+    used = jax.tree.leaves(call.weights)
+    whole = [parameters[key].shape for key in call.keys]
+    stacks, fits = set(), True
+    for shape, seen in zip(whole, used, strict=True):
+        cut = len(shape) - len(seen.shape)
+        stacks.add(shape[:cut])
+        fits = fits and shape[cut:] == seen.shape
+    if len(stacks) != 1 or not fits:
+        raise ValueError(
+            f"defer: a call of deferrable saw weights of {[seen.shape for seen in used]}, but they "
+            f"are {whole}: only leading axes may be cut off, the same of all"
+        )
+    return stacks.pop()

@@ -1,0 +1,330 @@
+"""A table run as one program on all ranks: loops over ticks, in which arrays travel and wait.
+
+Each tick reads its slots, runs what the table says, and writes. What is read is copied out of its
+slot first: so the forward pass, which writes into slots, need not wait for the backward pass, which
+reads them, and no buffer is copied as a whole.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from whalejax.kernels.accumulation import accumulator
+from whalejax.parallel.dualpipe.moving import pick
+from whalejax.parallel.dualpipe.segments import Lane, Part, Segment
+from whalejax.parallel.dualpipe.stage import Stage
+from whalejax.parallel.dualpipe.table import NONE, Table
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a tick changes. Slots are leading axes.
+
+    Attributes:
+      activations: what backward passes keep, a list of arrays `[slots, ...]`.
+      inputs, gradients: pytrees of arrays that arrived, `[slots, ...]`.
+      deferred: what weight gradients wait for.
+      sums: gradients of the parameters, a list for each chunk; in float32 or float64.
+      end_sums: the same of the ends' parameters.
+      losses: `[microbatches]`, 0 where this rank has none.
+      aux: sums of what stages report, for each chunk.
+      loss_aux: sums of what losses report.
+    """
+
+    activations: list
+    inputs: Any
+    gradients: Any
+    deferred: Any
+    sums: tuple
+    end_sums: Any
+    losses: jax.Array
+    aux: tuple
+    loss_aux: Any
+
+
+class Data(NamedTuple):
+    """What no tick changes.
+
+    Attributes:
+      chunks: parameters, a list of arrays for each chunk.
+      ends: parameters of what comes before the first stage and after the last.
+      inputs, labels: pytrees of `[microbatches, ...]`.
+      stages: `i32[chunks]`, the stages that this rank's chunks are.
+    """
+
+    chunks: tuple
+    ends: Any
+    inputs: Any
+    labels: Any
+    stages: jax.Array
+
+
+class Tick(NamedTuple):
+    """A tick of this rank: the table's numbers, `i32[]` each."""
+
+    forward: Any
+    backward: Any
+    weight: Any
+    outputs: tuple[jax.Array, ...]
+    gradients: tuple[jax.Array, ...]
+
+
+def run_table(
+    table: Table, segments: Sequence[Segment], stage: Stage, data: Data, axis: str
+) -> State:
+    """Runs all ticks on this rank of `axis`, inside of a `shard_map`; gives the last state."""
+    state = first_state(table, stage, data)
+    rank = lax.axis_index(axis)
+    for segment in segments:
+
+        def body(state, ticks, parts=segment.parts):
+            for part, tick in zip(parts, ticks, strict=True):
+                state = run_tick(part, tick, state, data, stage, axis)
+            return state, None
+
+        with jax.named_scope(f"ticks_{segment.start}_{segment.stop}"):
+            state, _ = lax.scan(body, state, ticks_of(table, segment, rank))
+    return state
+
+
+def ticks_of(table: Table, segment: Segment, rank: jax.Array) -> tuple[Tick, ...]:
+    """This rank's ticks, stacked, of each part of a segment."""
+
+    def of_part(turn, part):
+        rows = slice(segment.start + turn, segment.stop, len(segment.parts))
+
+        def own(cells):
+            return jnp.asarray(np.ascontiguousarray(cells[rows]))[:, rank]
+
+        passes = (table.forward, table.backward, table.weight)
+        lanes = (tuple(own(lane.slots) for lane in ways) for ways in (part.outputs, part.gradients))
+        return Tick(*(type(cells)(*map(own, cells)) for cells in passes), *lanes)
+
+    return tuple(of_part(turn, part) for turn, part in enumerate(segment.parts))
+
+
+def first_state(table: Table, stage: Stage, data: Data) -> State:
+    """Empty slots and sums."""
+
+    def slots(number, tree):
+        return jax.tree.map(lambda a: jnp.zeros((number, *a.shape), a.dtype), tree)
+
+    def sums(tree):
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, accumulator(a.dtype)), tree)
+
+    microbatches = jax.tree.leaves(data.inputs)[0].shape[0]
+    return State(
+        activations=slots(table.activation_slots, stage.kept),
+        inputs=slots(table.input_slots, stage.x),
+        gradients=slots(table.gradient_slots, stage.x),
+        deferred=slots(table.deferred_slots, stage.slots),
+        sums=tuple(sums([c[key] for key in stage.functions.trained]) for c in data.chunks),
+        end_sums=sums(data.ends),
+        losses=jnp.zeros((microbatches,), stage.loss.dtype),
+        aux=tuple(zeros_like(stage.aux) for _ in data.chunks),
+        loss_aux=zeros_like(stage.loss_aux),
+    )
+
+
+def run_tick(part: Part, tick: Tick, state: State, data: Data, stage: Stage, axis: str) -> State:
+    """One tick: reads, forward, backward, weight gradient, transfers."""
+    if part.forward.some:
+        x, state = _take(state, "inputs", tick.forward.source)
+    if part.backward.some:
+        kept, state = _take(state, "activations", tick.backward.slot)
+        dy, state = _take(state, "gradients", tick.backward.source)
+    if part.weight.some:
+        slots, state = _take(state, "deferred", tick.weight.slot)
+    if part.forward.some:
+        with jax.named_scope("forward"):
+            y, state = forward(part, tick.forward, x, state, data, stage)
+        state = _send(state, "inputs", y, part.outputs, tick.outputs, axis)
+    if part.backward.some:
+        with jax.named_scope("backward"):
+            dx, state = backward(part, tick.backward, kept, dy, state, data, stage)
+        state = _send(state, "gradients", dx, part.gradients, tick.gradients, axis)
+    if part.weight.some:
+        with jax.named_scope("weight"):
+            state = weight(part, tick.weight, slots, state, data, stage)
+    return state
+
+
+def forward(
+    part: Part, row: Any, received: Any, state: State, data: Data, stage: Stage
+) -> tuple[Any, State]:
+    """The forward pass of this rank's microbatch, if it has one; gives its output."""
+    busy = _busy(part.forward, row.microbatch)
+    chunk = _chunk(part.forward, row.chunk)
+    at = jnp.take(data.stages, jnp.maximum(row.chunk, 0))
+    is_first = (at == 0) & (row.microbatch != NONE)
+    is_last = row.loss != NONE
+    parameters = _chunk_of(data.chunks, chunk)
+    inputs = _at(data.inputs, row.microbatch)
+    x = lax.cond(is_first, lambda: stage.functions.enter(data.ends, inputs), lambda: received)
+
+    y, kept, aux = _if(busy, lambda: stage.forward(parameters, x))
+    activations = _put(state.activations, row.slot, kept, busy)
+
+    def close(end_sums):
+        labels = _at(data.labels, row.microbatch)
+        loss, loss_aux, dy, d_ends = stage.close(data.ends, y, labels)
+        return loss, loss_aux, dy, _added(end_sums, d_ends)
+
+    def skip(end_sums):
+        shapes = jax.eval_shape(close, end_sums)
+        return *zeros_like(shapes[:3]), end_sums
+
+    loss, loss_aux, dy, end_sums = lax.cond(is_last, close, skip, state.end_sums)
+    losses = state.losses.at[jnp.maximum(row.microbatch, 0)].add(loss)
+    state = dataclasses.replace(
+        state,
+        activations=activations,
+        gradients=_put(state.gradients, row.loss, dy, is_last),
+        losses=losses,
+        end_sums=end_sums,
+        aux=_add_to_chunk(state.aux, chunk, aux),
+        loss_aux=_added(state.loss_aux, loss_aux),
+    )
+    return y, state
+
+
+def backward(
+    part: Part, row: Any, kept: list, dy: Any, state: State, data: Data, stage: Stage
+) -> tuple[Any, State]:
+    """The backward pass of this rank's microbatch, if it has one; gives its input's gradient."""
+    busy = _busy(part.backward, row.microbatch)
+    chunk = _chunk(part.backward, row.chunk)
+    at = jnp.take(data.stages, jnp.maximum(row.chunk, 0))
+    parameters = _chunk_of(data.chunks, chunk)
+
+    def whole():
+        dx, gradients, slots = stage.backward(parameters, kept, dy)
+        return dx, gradients, zeros_like(slots)
+
+    def input_alone():
+        dx, gradients, slots = stage.backward(parameters, kept, dy)
+        return dx, stage.without_deferred(gradients), slots
+
+    def run():
+        if not part.deferred.some:
+            return whole()
+        if part.deferred.always:
+            return input_alone()
+        return lax.cond(row.deferred != NONE, input_alone, whole)
+
+    dx, gradients, slots = _if(busy, run)
+    deferred = state.deferred
+    if part.deferred.some:
+        deferred = _put(deferred, row.deferred, slots, row.deferred != NONE)
+
+    def enter(end_sums):
+        inputs = _at(data.inputs, row.microbatch)
+        return _added(end_sums, stage.enter_backward(data.ends, inputs, dx))
+
+    is_first = (at == 0) & (row.microbatch != NONE)
+    end_sums = state.end_sums
+    if jax.tree.leaves(end_sums):
+        end_sums = lax.cond(is_first, enter, lambda sums: sums, end_sums)
+    sums = _add_to_chunk(state.sums, chunk, gradients)
+    return dx, dataclasses.replace(state, sums=sums, deferred=deferred, end_sums=end_sums)
+
+
+def weight(part: Part, row: Any, slots: Any, state: State, data: Data, stage: Stage) -> State:
+    """The deferred weight gradients of this rank's microbatch, if it has some."""
+    chunk = _chunk(part.weight, row.chunk)
+    parameters = _chunk_of(data.chunks, chunk)
+    busy = _busy(part.weight, row.microbatch)
+    gradients = _if(busy, lambda: stage.weight_gradients(parameters, slots))
+    return dataclasses.replace(state, sums=_add_to_chunk(state.sums, chunk, gradients))
+
+
+def zeros_like(tree: Any) -> Any:
+    """Zeros of the shapes of a pytree."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
+
+
+def _busy(traits, microbatch):
+    """Whether this rank has something to do: True if all always have."""
+    return True if traits.always else microbatch != NONE
+
+
+def _chunk(traits, chunk):
+    return traits.chunk if traits.chunk is not None else jnp.maximum(chunk, 0)
+
+
+def _chunk_of(chunks, chunk):
+    return [pick(choices, chunk) for choices in zip(*chunks, strict=True)]
+
+
+def _if(busy, run: Callable) -> Any:
+    """`run()`, or zeros if this rank is not busy."""
+    if busy is True:
+        return run()
+    return lax.cond(busy, run, lambda: zeros_like(jax.eval_shape(run)))
+
+
+def _at(tree, index):
+    index = jnp.maximum(index, 0)
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), tree)
+
+
+def _take(state, name, slot):
+    """A copy of a slot, and the state, whose later writes come after the copying."""
+    buffers = getattr(state, name)
+    if not all(leaf.shape[0] for leaf in jax.tree.leaves(buffers)):
+        return jax.tree.map(lambda a: jnp.zeros(a.shape[1:], a.dtype), buffers), state
+    taken, buffers = lax.optimization_barrier((_at(buffers, slot), buffers))
+    return taken, dataclasses.replace(state, **{name: buffers})
+
+
+def _put(buffers, slot, values, wanted):
+    """Buffers with values in a slot, if wanted."""
+
+    def put(buffer, value):
+        if not buffer.shape[0]:
+            return buffer
+        at = jnp.maximum(slot, 0)
+        if wanted is not True:
+            old = lax.dynamic_index_in_dim(buffer, at, keepdims=False)
+            value = jnp.where(wanted, value, old)
+        return lax.dynamic_update_index_in_dim(buffer, value, at, 0)
+
+    return jax.tree.map(put, buffers, values)
+
+
+def _send(state, name, tree, lanes: Sequence[Lane], slots, axis):
+    """The state, with what arrives when every rank sends a pytree."""
+    buffers = getattr(state, name)
+    for lane, slot in zip(lanes, slots, strict=True):
+        buffers = _put(buffers, slot, _travel(tree, lane.permutation, axis), slot != NONE)
+    return dataclasses.replace(state, **{name: buffers})
+
+
+def _travel(tree, permutation, axis):
+    if permutation is None:
+        return tree
+    with jax.named_scope("transfer"):
+        return jax.tree.map(lambda a: lax.ppermute(a, axis, permutation), tree)
+
+
+def _added(sums, values):
+    return jax.tree.map(lambda total, value: total + value.astype(total.dtype), sums, values)
+
+
+def _add_to_chunk(sums, chunk, values):
+    """The sums of all chunks, with values added to one's."""
+    if isinstance(chunk, int):
+        return tuple(_added(s, values) if c == chunk else s for c, s in enumerate(sums))
+    if len(sums) == 1:
+        return (_added(sums[0], values),)
+
+    def masked(c):
+        return jax.tree.map(lambda v: jnp.where(chunk == c, v, jnp.zeros_like(v)), values)
+
+    return tuple(_added(s, masked(c)) for c, s in enumerate(sums))
