@@ -1,7 +1,7 @@
 """Pipelines whose microbatches enter at both ends, and the schedules that they are compared to."""
 
 from whalejax.parallel.dualpipe.deferral import deferrable
-from whalejax.parallel.dualpipe.gradients import value_and_grad
+from whalejax.parallel.dualpipe.gradients import Sharding, value_and_grad
 from whalejax.parallel.dualpipe.schedule import Op, Schedule, Step
 from whalejax.parallel.dualpipe.schedules import SCHEDULES, make_schedule
 
@@ -9,6 +9,7 @@ __all__ = [
     "SCHEDULES",
     "Op",
     "Schedule",
+    "Sharding",
     "Step",
     "deferrable",
     "make_schedule",

@@ -1,6 +1,7 @@
 """The front door: from a stage and a loss to a function that gives loss and gradients."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,24 @@ from whalejax.parallel.dualpipe.stage import Functions
 from whalejax.parallel.dualpipe.table import tabulate
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How arrays are cut over the axes of a mesh that are not that of the stages.
+
+    Attributes:
+      batch_axes: axes over which every microbatch is cut.
+      stages: of a stage's parameters, a pytree prefix of PartitionSpecs, without the stages' axis.
+      ends: of the parameters of `first_fn` and `loss_fn`; these may name the stages' axis.
+      gather_axes: parameters that are cut over these are gathered before the first tick, and their
+        gradients scattered after the last; over other axes a device works on its part.
+    """
+
+    batch_axes: tuple[str, ...] = ()
+    stages: Any = PartitionSpec()
+    ends: Any = PartitionSpec()
+    gather_axes: tuple[str, ...] = ()
+
+
 def value_and_grad(
     stage_fn: Callable,
     loss_fn: Callable,
@@ -24,22 +43,19 @@ def value_and_grad(
     num_microbatches: int,
     schedule: str | Schedule = "dualpipe",
     stage_axis: str = "stage",
-    batch_axes: Sequence[str] = (),
     split_backward: bool = True,
     chunks_per_rank: int = 1,
     first_fn: Callable | None = None,
     has_aux: bool = False,
     defer: Callable | None = None,
-    stage_specs: Any = PartitionSpec(),
-    end_specs: Any = PartitionSpec(),
-    gather_axes: Sequence[str] = (),
+    sharding: Sharding = Sharding(),
 ) -> Callable:
     """A function that runs a pipeline and gives loss and gradients.
 
     `step(stage_params, inputs, labels, ends=None)` gives `(loss, gradients)`, under `jax.jit` too.
-    All of it runs in one `jax.shard_map` over all axes of the mesh: the functions see what one
-    device has, may use collectives over all axes but `stage_axis`, and the loss is the mean over
-    all devices of a stage, and over the microbatches.
+    All runs in one `jax.shard_map` over all axes of the mesh: the functions see what one device
+    has, may use collectives over all axes but `stage_axis`, and the loss is the mean over all
+    devices of a stage and over the microbatches.
 
     Args:
       stage_fn: `(params, x) -> x`, a stage; x is a pytree of float arrays and keeps its structure,
@@ -50,7 +66,6 @@ def value_and_grad(
       num_microbatches: into which a batch is cut.
       schedule: one of `SCHEDULES`, or a schedule of your own.
       stage_axis: the axis of the ranks of the pipeline.
-      batch_axes: axes over which every microbatch is cut.
       split_backward: let weight gradients wait where the schedule says so.
       chunks_per_rank: for `interleaved`.
       first_fn: `(ends, inputs) -> x`, what comes before the first stage (an embedding, say); None
@@ -60,12 +75,7 @@ def value_and_grad(
       defer: `(path, leaf) -> bool`, the weights among the stages' parameters whose gradients can
         wait: each must be used in one call of `deferrable`, or in one for each layer of a scan.
         Gradients of all others come with the input's.
-      stage_specs: how a stage's parameters are cut over other axes, a pytree prefix of
-        PartitionSpecs, without the axis of the stages.
-      end_specs: the same of the ends.
-      gather_axes: axes over which parameters that are cut over them are gathered before the first
-        tick, and their gradients scattered after the last; over other axes a device works on the
-        part that it has.
+      sharding: over the other axes.
 
     Returns:
       `step`: `stage_params` is a pytree of `[num_stages, ...]`, the stages in order; inputs and
@@ -81,41 +91,43 @@ def value_and_grad(
 
     Source: DualPipe: DeepSeek-V3 (arXiv 2412.19437), section 3.2.1; others: see `make_schedule`.
     """
-    _check_axes(mesh, stage_axis, batch_axes, gather_axes)
-    ranks = mesh.shape[stage_axis]
+    _check_axes(mesh, stage_axis, sharding)
     if isinstance(schedule, str):
         options = {"chunks_per_rank": chunks_per_rank, "split_backward": split_backward}
-        schedule = make_schedule(schedule, ranks, num_microbatches, **options)
-    elif (schedule.num_ranks, schedule.num_microbatches) != (ranks, num_microbatches):
-        raise ValueError(
-            f"{schedule.name} has num_ranks={schedule.num_ranks} and num_microbatches="
-            f"{schedule.num_microbatches}, but {stage_axis}={ranks} and {num_microbatches=}"
-        )
+        schedule = make_schedule(schedule, mesh.shape[stage_axis], num_microbatches, **options)
+    _check_schedule(schedule, mesh.shape[stage_axis], num_microbatches)
     pipeline = Pipeline(
         mesh=mesh,
         table=align_chunks(tabulate(schedule)),
         num_microbatches=num_microbatches,
         stage_axis=stage_axis,
-        batch_axes=tuple(batch_axes),
-        gather_axes=tuple(gather_axes),
+        batch_axes=sharding.batch_axes,
+        gather_axes=sharding.gather_axes,
     )
 
     functions = first_fn, stage_fn, loss_fn, has_aux
-    waits = defer if split_backward else None
-    specs = stage_specs, end_specs
+    call = pipeline, functions, defer if split_backward else None, sharding
 
     def step(stage_params, inputs, labels, ends=None):
-        call = stage_params, inputs, labels, ends
-        return _step(pipeline, functions, waits, specs, *call)
+        return _step(*call, stage_params, inputs, labels, ends)
 
     return step
 
 
-def _step(pipeline, functions, waits, specs, stage_params, inputs, labels, ends):
+def _check_schedule(schedule, ranks, microbatches):
+    """A schedule of one's own may be wrong, or of other numbers."""
+    if (schedule.num_ranks, schedule.num_microbatches) != (ranks, microbatches):
+        raise ValueError(
+            f"schedule {schedule.name!r} is of {schedule.num_ranks} ranks and "
+            f"{schedule.num_microbatches} microbatches, but there are {ranks} and {microbatches}"
+        )
+
+
+def _step(pipeline, functions, waits, sharding, stage_params, inputs, labels, ends):
     flat, structure = jax.tree_util.tree_flatten_with_path(stage_params)
     leaves = [leaf for _, leaf in flat]
     listed = _list_functions(functions, waits, flat, structure, without_ends=ends is None)
-    cuts = _spec_list(specs[0], stage_params), _spec_list(specs[1], ends)
+    cuts = _spec_list(sharding.stages, stage_params), _spec_list(sharding.ends, ends)
     loss, aux, found, of_ends = run_pipeline(pipeline, listed, leaves, ends, inputs, labels, cuts)
     found = dict(zip(listed.trained, found, strict=True))
     no_gradient = (np.zeros(leaf.shape, jax.dtypes.float0) for leaf in leaves)
@@ -158,11 +170,11 @@ def _spec_list(prefix, tree):
     )
 
 
-def _check_axes(mesh, stage_axis, batch_axes, gather_axes):
-    unknown = [a for a in (stage_axis, *batch_axes, *gather_axes) if a not in mesh.shape]
-    if unknown or stage_axis in batch_axes:
+def _check_axes(mesh, stage_axis, sharding):
+    named = (stage_axis, *sharding.batch_axes, *sharding.gather_axes)
+    if not set(named) <= set(mesh.shape) or stage_axis in sharding.batch_axes:
         raise ValueError(
-            f"stage_axis={stage_axis!r}, batch_axes={tuple(batch_axes)} and gather_axes="
-            f"{tuple(gather_axes)} must be axes of the mesh, {dict(mesh.shape)}, and no microbatch "
+            f"{stage_axis=}, batch_axes={sharding.batch_axes} and gather_axes="
+            f"{sharding.gather_axes} must be axes of the mesh, {dict(mesh.shape)}, and no microbatch "
             f"is cut over the stages"
         )
