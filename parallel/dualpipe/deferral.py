@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from whalejax.kernels.quantization import QuantizedArray
+
 
 class Record:
     """Calls of `deferrable`, as they are made; equals itself alone, as does a trace that has it."""
@@ -69,7 +71,7 @@ def deferrable(f: Callable, x: Any, w: Any) -> Any:
 
     Args:
       f: linear in w, and pure; it is called again for the gradients.
-      x: pytree of arrays; those of integers or of FP8 get no gradient.
+      x: pytree of arrays; those of integers, and quantised ones, get no gradient.
       w: an array or a pytree of arrays, parameters of the stage as they are, or as a scan over
         layers cuts them.
 
@@ -116,7 +118,7 @@ def _forward(f, x, w, slots):
 
 def _backward(f, residuals, dy):
     x, w = residuals
-    leaves, structure = jax.tree.flatten(x)
+    leaves, structure = jax.tree.flatten(x, is_leaf=_is_quantized)
     wide = {i: leaf for i, leaf in enumerate(leaves) if _is_wide(leaf)}
 
     def of_wide(wide, w):
@@ -131,9 +133,13 @@ def _backward(f, residuals, dy):
 _deferrable.defvjp(_forward, _backward)
 
 
+def _is_quantized(leaf):
+    return isinstance(leaf, QuantizedArray)
+
+
 def _is_wide(leaf):
-    """Whether a leaf has a gradient: a float, but not of FP8."""
-    return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1
+    """Whether a leaf has a gradient."""
+    return not _is_quantized(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _as_float(leaf):

@@ -175,6 +175,6 @@ def _check_axes(mesh, stage_axis, sharding):
     if not set(named) <= set(mesh.shape) or stage_axis in sharding.batch_axes:
         raise ValueError(
             f"{stage_axis=}, batch_axes={sharding.batch_axes} and gather_axes="
-            f"{sharding.gather_axes} must be axes of the mesh, {dict(mesh.shape)}, and no microbatch "
-            f"is cut over the stages"
+            f"{sharding.gather_axes} must be axes of the mesh, {dict(mesh.shape)}, and no "
+            f"microbatch is cut over the stages"
         )

@@ -5,10 +5,11 @@ in float64, and come back in the activations' dtype, so the activations' dtype i
 the computation: float32 master weights with bfloat16 activations compute in bfloat16. In FP8
 activations stay bfloat16 and the three matmuls of a linear round their operands (DeepSeek-V3,
 arXiv 2412.19437, section 3.3); embedding, head, router and norms are no linears of this kind and
-keep their precision.
+keep their precision. In a pipeline a weight's gradient may wait until later: `deferrable`.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from whalejax.kernels.fp8_gemm import fp8_linear, fp8_matmul
 from whalejax.kernels.grouped_gemm import fp8_grouped_linear, fp8_grouped_matmul, grouped_matmul
 from whalejax.kernels.quantization import QuantizedArray, quantize
 from whalejax.model.parameters import read
+from whalejax.parallel.dualpipe import deferrable
 
 Weight = nnx.Variable | jax.Array | QuantizedArray
 
@@ -76,15 +78,18 @@ def linear(
     # XLA:CPU multiplies matrices up to twice as fast as it contracts arrays of three axes
     rows = x.reshape(-1, x.shape[-1])
     ws = tuple(map(read, w if isinstance(w, tuple) else (w,)))
-    if not fp8:
-        products = tuple(_multiply(rows, each) for each in ws)
-    elif isinstance(ws[0], QuantizedArray):
-        rows_q = quantize(rows)
-        products = tuple(fp8_matmul(rows_q, each, out_dtype=x.dtype) for each in ws)
-    else:
-        products = fp8_linear(rows, ws)
+    products = deferrable(functools.partial(_products, fp8=fp8), rows, ws)
     products = tuple(product.reshape(*x.shape[:-1], -1) for product in products)
     return products if isinstance(w, tuple) else products[0]
+
+
+def _products(rows, ws, *, fp8):
+    if not fp8:
+        return tuple(_multiply(rows, each) for each in ws)
+    if isinstance(ws[0], QuantizedArray):
+        rows_q = quantize(rows)
+        return tuple(fp8_matmul(rows_q, each, out_dtype=rows.dtype) for each in ws)
+    return fp8_linear(rows, ws)
 
 
 def _multiply(rows, w):
@@ -120,14 +125,19 @@ def grouped_linear(
       `[M, N]` in x's dtype, or the carrier's, or a tuple of them; padding rows are zero.
     """
     ws = tuple(map(read, w if isinstance(w, tuple) else (w,)))
+    multiply = functools.partial(_grouped_products, alignment=alignment, fp8=fp8)
+    products = deferrable(multiply, (x, group_sizes, carrier), ws)
+    return products if isinstance(w, tuple) else products[0]
+
+
+def _grouped_products(rows, ws, *, alignment, fp8):
+    x, group_sizes, carrier = rows
     if not fp8:
-        products = tuple(
+        return tuple(
             grouped_matmul(x, weight_in(each, x.dtype), group_sizes, alignment=alignment)
             for each in ws
         )
-    elif isinstance(ws[0], QuantizedArray):
+    if isinstance(ws[0], QuantizedArray):
         x_q, dtype = (quantize(x), x.dtype) if carrier is None else (x, carrier.dtype)
-        products = tuple(fp8_grouped_matmul(x_q, each, group_sizes, out_dtype=dtype) for each in ws)
-    else:
-        products = fp8_grouped_linear(x, ws, group_sizes, carrier=carrier)
-    return products if isinstance(w, tuple) else products[0]
+        return tuple(fp8_grouped_matmul(x_q, each, group_sizes, out_dtype=dtype) for each in ws)
+    return fp8_grouped_linear(x, ws, group_sizes, carrier=carrier)
