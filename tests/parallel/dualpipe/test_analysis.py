@@ -226,6 +226,7 @@ def test_a_schedule_of_ones_own_is_analysed():
         (make_schedule("gpipe", 2, 2), {"weight": 3}, "weight=3 .* backward=2"),
         (make_schedule("gpipe", 2, 2), {"forward": -1}, "'forward': -1"),
         (make_schedule("gpipe", 2, 2), {"overlapped": float("nan")}, "'overlapped': nan"),
+        (make_schedule("gpipe", 2, 2), {"transfer": float("inf")}, "'transfer': inf"),
         ("dualpipe", {"num_ranks": 4, "num_microbatches": 6}, "num_microbatches=6"),
     ],
 )
