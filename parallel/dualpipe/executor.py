@@ -84,8 +84,9 @@ def run_table(
     for segment in segments:
 
         def body(state, ticks, parts=segment.parts):
-            for part, tick in zip(parts, ticks, strict=True):
-                state = run_tick(part, tick, state, data, stage, axis)
+            for turn, (part, tick) in enumerate(zip(parts, ticks, strict=True)):
+                with jax.named_scope(f"turn{turn}"):
+                    state = run_tick(part, tick, state, data, stage, axis)
             return state, None
 
         with jax.named_scope(f"ticks_{segment.start}_{segment.stop}"):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from whalejax.parallel.dualpipe.checking import check
 from whalejax.parallel.dualpipe.pipeline import Pipeline, run_pipeline
 from whalejax.parallel.dualpipe.schedule import Schedule
 from whalejax.parallel.dualpipe.schedules import make_schedule
@@ -116,6 +117,7 @@ def value_and_grad(
 
 def _check_schedule(schedule, ranks, microbatches):
     """A schedule of one's own may be wrong, or of other numbers."""
+    check(schedule)
     if (schedule.num_ranks, schedule.num_microbatches) != (ranks, microbatches):
         raise ValueError(
             f"schedule {schedule.name!r} is of {schedule.num_ranks} ranks and "
