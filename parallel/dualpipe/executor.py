@@ -85,7 +85,7 @@ def run_table(
 
         def body(state, ticks, parts=segment.parts):
             for turn, (part, tick) in enumerate(zip(parts, ticks, strict=True)):
-                # XLA would run ahead with one of the two passes, and leave the other's transfers bare
+                # else XLA runs ahead with one of the passes, and the other has nothing to hide behind
                 state = lax.optimization_barrier(state)
                 with jax.named_scope(f"turn{turn}"):
                     state = run_tick(part, tick, state, data, stage, axis)
