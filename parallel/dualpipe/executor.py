@@ -85,7 +85,7 @@ def run_table(
 
         def body(state, ticks, parts=segment.parts):
             for turn, (part, tick) in enumerate(zip(parts, ticks, strict=True)):
-                # else XLA runs ahead with one of the passes, and the other has nothing to hide behind
+                # else XLA runs ahead with one pass, and leaves nothing to hide the other behind
                 state = lax.optimization_barrier(state)
                 with jax.named_scope(f"turn{turn}"):
                     state = run_tick(part, tick, state, data, stage, axis)
