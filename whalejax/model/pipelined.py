@@ -116,12 +116,12 @@ def split(params: nnx.State, router_bias: nnx.State, division: Division) -> tupl
     """The parameters of the stages, `[stages, slots, ...]`, and those of the ends.
 
     Both are pairs of parameters and routers' biases. Where not all slots hold a layer, those of the
-    stages have a third part, `f32[stages, slots]`: 1 where one does.
+    stages have a third part, `bool[stages, slots]`: which of them do.
     """
     states = params, router_bias
     stages = tuple(nnx.State(to_stages(_parts(s).get(MOE_LAYERS, {}), division)) for s in states)
     if not division.active.all():
-        stages += (jnp.asarray(division.active, jnp.float32),)
+        stages += (jnp.asarray(division.active),)
     ends = tuple(nnx.State({k: v for k, v in _parts(s).items() if k != MOE_LAYERS}) for s in states)
     return stages, ends
 
@@ -186,10 +186,9 @@ def run_stage(
             return run(p, hidden)
 
         def skip(hidden):
-            zeros = functools.partial(_zeros, like=hidden)
-            return hidden, jax.tree.map(zeros, jax.eval_shape(here, hidden)[1])
+            return hidden, no_statistics(config, hidden)
 
-        return jax.lax.cond(active > 0, here, skip, hidden)
+        return jax.lax.cond(active, here, skip, hidden)
 
     params, router_bias, *active = stage
     layers: DecoderLayer = nnx.merge(structures(config)[0], params, router_bias)
@@ -198,9 +197,14 @@ def run_stage(
     return Travelling(hidden, x.balance + jnp.sum(stats.balance_loss)), stats
 
 
-def _zeros(abstract, *, like):
-    """Zeros that vary over the same axes of a mesh as an array does."""
-    return jnp.zeros_like(like, shape=abstract.shape, dtype=abstract.dtype)
+def no_statistics(config: ModelConfig, hidden: jax.Array) -> MoEStats:
+    """What a MoE layer that is not there reports; arrays vary over mesh axes as `hidden` does."""
+    zeros = functools.partial(jnp.zeros_like, hidden)
+    return MoEStats(
+        load=zeros(shape=(config.moe.n_routed_experts,), dtype=jnp.int32),
+        balance_loss=zeros(shape=(), dtype=accumulator(hidden.dtype)),
+        overflow=zeros(shape=(), dtype=jnp.int32),
+    )
 
 
 def _parts(state):
