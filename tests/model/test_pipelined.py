@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from whalejax.model.decoder import Decoder, Execution
 from whalejax.model.parameters import RouterBias
-from whalejax.model.pipelined import Division, divide, from_stages, joined, split, to_stages
+from whalejax.model.pipelined import Division, divide, from_stages, join, split, to_stages
 from whalejax.presets import preset
 from whalejax.training.loss import LossConfig, training_loss
 from whalejax.training.pipeline import stage_functions, whole_parts
@@ -95,7 +95,7 @@ def test_a_split_model_is_whole_again(model, stages):
     division = divide(model.config, stages)
     of_stages, of_ends = split(params, router_bias, division)
     assert len(of_stages) == (3 if stages == 5 else 2)  # which slots hold a layer, where not all do
-    whole = joined(of_stages, of_ends, division)
+    whole = join(of_stages, of_ends, division)
     assert jax.tree.structure(whole) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, whole, params)
 

@@ -126,7 +126,7 @@ def split(params: nnx.State, router_bias: nnx.State, division: Division) -> tupl
     return stages, ends
 
 
-def joined(stages: Any, ends: Any, division: Division) -> nnx.State:
+def join(stages: Any, ends: Any, division: Division) -> nnx.State:
     """Gradients of all parameters from those of what `split` gave; biases have none."""
     layers = from_stages(_parts(stages[0]), division)
     return nnx.State({**_parts(ends[0]), MOE_LAYERS: layers})

@@ -7,7 +7,7 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from whalejax.model.config import ModelConfig
-from whalejax.parallel.mesh import EXPERT, STAGE, MeshConfig
+from whalejax.parallel.mesh import EXPERT, MeshConfig
 from whalejax.training.experts import EPLBConfig
 from whalejax.training.loss import LossConfig
 from whalejax.training.optimizer import OptimizerConfig
@@ -120,10 +120,5 @@ def check_mesh(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
         raise ValueError(
             f"n_routed_experts={model.moe.n_routed_experts} must be a multiple of "
             f"expert={mesh.shape[EXPERT]} of the mesh"
-        )
-    if mesh.shape[STAGE] > 1 and (config.overlap or config.eplb.every):
-        raise ValueError(
-            f"overlap={config.overlap} and eplb.every={config.eplb.every} must be False and 0 "
-            f"with stage={mesh.shape[STAGE]} of the mesh: a pipeline can do neither"
         )
     check_pipeline(model, config.pipeline, mesh, sequences)

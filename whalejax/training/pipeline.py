@@ -19,7 +19,7 @@ from whalejax.model.pipelined import (
     ends_of,
     enter,
     from_stages,
-    joined,
+    join,
     run_stage,
     split,
 )
@@ -136,7 +136,7 @@ def pipelined_gradient(
         )
         (total, aux), grads = step(stages, tokens[:, :-1], tokens, ends)
         parts = whole_parts(*aux, division, number * batch_devices(mesh))
-        return (total, parts), joined(*grads, division)
+        return (total, parts), join(*grads, division)
 
     return gradient
 

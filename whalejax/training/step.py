@@ -61,6 +61,17 @@ class StepConfig:
             raise ValueError(
                 f"steps={self.steps} and accumulate={self.accumulate} must be positive"
             )
+        if self.num_stages > 1 and (self.execution.overlap or self.eplb.every):
+            raise ValueError(
+                f"overlap={self.execution.overlap} and eplb.every={self.eplb.every} must be False "
+                f"and 0 with stage={self.num_stages} of the mesh: a pipeline can do neither"
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Ranks of the pipeline, 1 without one."""
+        mesh = self.execution.mesh
+        return 1 if mesh is None else mesh.shape[STAGE]
 
 
 @jax.tree_util.register_dataclass
@@ -224,8 +235,8 @@ def mean_gradients(
 
 def gradient_of_loss(model: ModelConfig, config: StepConfig, state: TrainState) -> Callable:
     """The gradient of `training_loss` for parameters and `i32[b, t + 1]`, through stages or not."""
-    graphdef, mesh = graphdef_of(model), config.execution.mesh
-    if mesh is not None and mesh.shape[STAGE] > 1:
+    graphdef = graphdef_of(model)
+    if config.num_stages > 1:
         options = config.loss, config.execution, config.pipeline
         return pipelined_gradient(model, *options, state.router_bias)
 
