@@ -9,7 +9,7 @@ does about it, is in `expert_load.png`.
 
 Then the same devices are four stages of a pipeline with two ranks of experts each: the dense layer,
 two MoE layers, and the MTP module with the head. DualPipe runs eight microbatches through them from
-both ends; `timeline.png` shows who does what when, if a backward pass costs two forward passes.
+both ends; `timeline.png` shows who does what when, if a backward pass takes as long as two forward passes.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def through_stages(out: Path, steps: int) -> TrainConfig:
         preset="tiny",
         steps=steps,
         batch_size=16,
-        length=64,
+        length=128,
         save_every=steps,
         log_every=1,
         export=False,
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo-parallel"))
     parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--pipeline-steps", type=int, default=30)
+    parser.add_argument("--pipeline-steps", type=int, default=20)
     args = parser.parse_args()
     began = time.perf_counter()
     if jax.config.jax_platforms in (None, "cpu"):
