@@ -1,4 +1,4 @@
-# make demo: train, checkpoint, resume, generate.  make demo-parallel: with experts shared out.
+# make demo: train, checkpoint, resume, generate.  make demo-parallel: with experts and stages.
 # make test: all that CI runs on one Python.
 PYTHON ?= python3
 VENV ?= .venv

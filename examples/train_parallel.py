@@ -1,4 +1,4 @@
-"""Trains the demo's model with its experts shared out over devices, and moves them by their load.
+"""Trains the demo's model with its experts shared out over devices, then with its layers too.
 
 make demo-parallel, or: python examples/train_parallel.py --out runs/parallel --steps 100
 
@@ -6,6 +6,10 @@ Eight devices of one CPU stand for eight GPUs: two replicas of the batch, four r
 which each holds three slots for eight experts and four replicas. The router's own balancing is
 switched off, so that some experts become hot; what that does to the ranks, and what moving experts
 does about it, is in `expert_load.png`.
+
+Then the same devices are four stages of a pipeline with two ranks of experts each: the dense layer,
+two MoE layers, and the MTP module with the head. DualPipe runs eight microbatches through them from
+both ends; `timeline.png` shows who does what when, if a backward pass takes as long as two forward passes.
 """
 
 import argparse
@@ -16,11 +20,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from whalejax.parallel.mesh import MeshConfig
+from whalejax.parallel import dualpipe
+from whalejax.parallel.mesh import MeshConfig, make_mesh
 from whalejax.training.experts import EPLBConfig
 from whalejax.training.loss import LossConfig
 from whalejax.training.metrics import read_metrics
 from whalejax.training.optimizer import OptimizerConfig
+from whalejax.training.pipeline import PipelineConfig
 from whalejax.training.run import TrainConfig, train
 
 DEVICES = 8
@@ -46,6 +52,33 @@ def settings(out: Path, steps: int) -> TrainConfig:
     )
 
 
+def through_stages(out: Path, steps: int) -> TrainConfig:
+    """A run through four stages, by DualPipe."""
+    return TrainConfig(
+        out=out,
+        preset="tiny",
+        steps=steps,
+        batch_size=16,
+        length=128,
+        save_every=steps,
+        log_every=1,
+        export=False,
+        mesh=MeshConfig(stage=4, expert=2),
+        pipeline=PipelineConfig(schedule="dualpipe"),
+        optimizer=OptimizerConfig(peak_lr=4e-3, final_lr=1e-3, warmup_steps=10),
+    )
+
+
+def draw_timeline(config: TrainConfig, path: Path) -> dict[str, float]:
+    """Draws what a run's ranks do, and gives what it is worth on paper."""
+    found = dualpipe.analyse(config.pipeline.steps(make_mesh(config.mesh)))
+    dualpipe.plot(found, path)
+    return {
+        "pipeline_bubble": max(found.bubble) / found.makespan,
+        "pipeline_activations": found.peak_activations,
+    }
+
+
 def imbalance(lines: list[dict]) -> float:
     """The busiest rank over the mean, averaged over layers and steps."""
     loads = np.array([line["rank_load"] for line in lines])
@@ -69,21 +102,33 @@ def summarise(out: Path) -> dict[str, float]:
     }
 
 
+def summarise_pipeline(out: Path) -> dict[str, float]:
+    """The losses of a run through stages."""
+    losses = [line["loss_main"] for line in read_metrics(out / "metrics.jsonl") if "lr" in line]
+    return {"pipeline_first_loss": losses[0], "pipeline_last_loss": losses[-1]}
+
+
 def main() -> None:
-    """Trains, and prints what moved and how it changed the ranks' loads."""
+    """Trains twice, and prints how moving experts changed the ranks' loads, and losses."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo-parallel"))
     parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--pipeline-steps", type=int, default=20)
     args = parser.parse_args()
     began = time.perf_counter()
     if jax.config.jax_platforms in (None, "cpu"):
         jax.config.update("jax_num_cpu_devices", DEVICES)
     train(settings(args.out, args.steps))
-    summary = summarise(args.out) | {"seconds": time.perf_counter() - began}
+    staged = through_stages(args.out / "pipeline", args.pipeline_steps)
+    train(staged)
+    summary = summarise(args.out) | summarise_pipeline(staged.out)
+    summary |= draw_timeline(staged, args.out / "timeline.png")
+    summary["seconds"] = time.perf_counter() - began
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     for name, value in summary.items():
         print(f"{name:<22}{value:10.3f}" if isinstance(value, float) else f"{name:<22}{value:10}")
     print(f"loads of experts and ranks, before and after: {args.out / 'expert_load.png'}")
+    print(f"what each stage does when: {args.out / 'timeline.png'}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import math
 import jax
 from jax.sharding import AxisType, Mesh
 
-DATA, FSDP, EXPERT = "data", "fsdp", "expert"
+STAGE, DATA, FSDP, EXPERT = "stage", "data", "fsdp", "expert"
+# slowest first: stages send least, so they may lie farthest apart
+AXES = (STAGE, DATA, FSDP, EXPERT)
 BATCH_AXES = (DATA, FSDP, EXPERT)  # the axes over which a batch is split
 
 
@@ -15,21 +17,23 @@ class MeshConfig:
     """Devices along each axis.
 
     Attributes:
+      stage: ranks of a pipeline, each with a part of the layers.
       data: replicas of the parameters.
       fsdp: shards of the parameters and of the optimiser's state; -1 for all devices left.
       expert: ranks that share the experts out; for all else they are replicas with batches of
         their own.
     """
 
+    stage: int = 1
     data: int = 1
     fsdp: int = -1
     expert: int = 1
 
     def __post_init__(self):
-        if min(self.data, self.expert) < 1 or (self.fsdp < 1 and self.fsdp != -1):
+        if min(self.stage, self.data, self.expert) < 1 or (self.fsdp < 1 and self.fsdp != -1):
             raise ValueError(
-                f"data={self.data} and expert={self.expert} must be positive and fsdp={self.fsdp} "
-                f"positive or -1"
+                f"stage={self.stage}, data={self.data} and expert={self.expert} must be positive "
+                f"and fsdp={self.fsdp} positive or -1"
             )
 
     def __str__(self):
@@ -61,14 +65,10 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | Non
       ValueError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    others = config.data * config.expert
+    others = config.stage * config.data * config.expert
     fsdp = config.fsdp if config.fsdp != -1 else max(len(devices) // others, 1)
-    sizes = (config.data, fsdp, config.expert)
+    sizes = (config.stage, config.data, fsdp, config.expert)
     if math.prod(sizes) != len(devices):
-        raise ValueError(
-            f"data={config.data} x fsdp={fsdp} x expert={config.expert} is {math.prod(sizes)} "
-            f"devices, but there are {len(devices)}"
-        )
-    return jax.make_mesh(
-        sizes, BATCH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices
-    )
+        shown = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ValueError(f"{shown} is {math.prod(sizes)} devices, but there are {len(devices)}")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -30,6 +31,9 @@ def call(args, capsys):
         (["generate", "--prompt", "a", "--top-p", "1.5"], "top_p=1.5"),
         (["generate", "--prompt", "a", "--temperature", "-1"], "temperature=-1"),
         (["demo", "--steps", "1"], "steps=1"),
+        (["train", "--mesh", "stage=0"], "stage=0"),
+        (["train", "--mesh", "stage=4,expert=2", "--schedule", "zigzag"], "'zigzag'"),
+        (["train", "--microbatches", "8"], "microbatches=8"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -52,6 +56,20 @@ def test_a_corpus_that_cannot_train_writes_nothing(content, says, capsys, tmp_pa
     code, _, err = call(args, capsys)
     assert code == 2 and says in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_trains_through_a_pipeline_and_goes_on(capsys, tmp_path):
+    """The demo's model with all defaults: 8 microbatches of 2 sequences."""
+    (tmp_path / "text.txt").write_text("a whale swims under a cold sea\n" * 40)
+    args = ["train", "--mesh", "stage=4,expert=2", "--schedule", "dualpipe", "--steps", "2"]
+    args += ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--length", "16"]
+    args += ["--log-every", "1", "--no-export"]
+    assert call([*args, "--stop-at", "1"], capsys)[0] == 0
+    code, out, _ = call(args, capsys)
+    assert code == 0 and "resuming from step 1" in out
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert "loss" in lines[1] and lines[2]["heldout_loss"] == pytest.approx(5.5, abs=0.5)
 
 
 def test_debug_prints_the_traceback(capsys):

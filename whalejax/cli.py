@@ -33,12 +33,14 @@ def train_command(args: Sequence[str]) -> None:
 
     from whalejax.parallel.mesh import MeshConfig
     from whalejax.parallel.runtime import JobConfig, join
+    from whalejax.training.pipeline import PipelineConfig
     from whalejax.training.run import TrainConfig, train
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Train(TrainConfig):
         from_pretrained: Annotated[Path | None, tyro.conf.arg(name="from")] = None
         mesh: str = str(MeshConfig())
+        pipeline: Annotated[PipelineConfig, tyro.conf.arg(name="")] = PipelineConfig()
         job: Annotated[JobConfig, tyro.conf.arg(name="")] = JobConfig()
 
     Train.__doc__ = TrainConfig.__doc__

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from whalejax.model.decoder import Decoder
+from whalejax.parallel.mesh import MeshConfig
 from whalejax.training import run
 from whalejax.training.loss import LossConfig
 from whalejax.training.metrics import read_metrics
@@ -139,8 +140,8 @@ def test_ten_bad_steps_stop_the_run_and_keep_the_checkpoint(config, micro, tmp_p
     ("change", "error"),
     [
         ({"length": 10**6}, "1000000"),
-        ({"batch_size": 9, "mesh": run.MeshConfig(data=2)}, "batch_size=9"),
-        ({"batch_size": 9, "mesh": run.MeshConfig(expert=3)}, "n_routed_experts=4 .* expert=3"),
+        ({"batch_size": 9, "mesh": MeshConfig(data=2)}, "batch_size=9"),
+        ({"batch_size": 9, "mesh": MeshConfig(expert=3)}, "n_routed_experts=4 .* expert=3"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(config, change, error):

@@ -3,6 +3,11 @@
 Training, weights, checkpoints and generation read it. Matrices are cut along their output over
 `fsdp`; XLA gathers them where they are used. Experts are shared out over `expert`, and stay where
 they are. The optimiser's moments end in the same path as their parameter, so they are cut alike.
+
+Over the ranks of a pipeline the stacked MoE layers are shared out if the ranks divide them. What
+else there is the first stage needs, the last, or both: there `stage` cuts what `fsdp` cuts, and the
+pipeline gathers it. So it is with MoE layers that do not divide; norms and routers, which `fsdp`
+does not cut, are then whole on every rank.
 """
 
 import math
@@ -13,7 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from whalejax.parallel.mesh import BATCH_AXES, EXPERT, FSDP
+from whalejax.parallel.mesh import BATCH_AXES, EXPERT, FSDP, STAGE
 
 # first match wins; specs count from the last axis, so that stacked layers need no rule of their own
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -33,14 +38,45 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     Args:
       path: names joined by dots, `moe_layers.self_attn.o_proj`.
       shape: of the parameter.
-      mesh: its `fsdp` and `expert` axes count; others do not cut parameters.
+      mesh: its `stage`, `fsdp` and `expert` axes count; others do not cut parameters.
     """
-    for pattern, spec in RULES:
-        if re.search(pattern, path):
-            axes = (None,) * (len(shape) - len(spec)) + spec[-len(shape) :]
-            sized = zip(axes, shape, strict=True)
-            return PartitionSpec(*(a if a and s % mesh.shape[a] == 0 else None for a, s in sized))
-    return PartitionSpec()
+    axes, stages = _rule(path, len(shape)), mesh.shape.get(STAGE, 1)
+    if stages > 1 and axes and "moe_layers." in path and shape[0] % stages == 0:
+        axes = (STAGE, *axes[1:])
+    elif stages > 1:
+        axes = tuple((STAGE, FSDP) if axis == FSDP else axis for axis in axes)
+    return _fitting(axes, shape, mesh)
+
+
+def stage_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """How a parameter of one pipeline stage is cut over the axes but `stage`.
+
+    Args:
+      path: as of `partition_spec`.
+      shape: `[slots, ...]`, of the stage's layers.
+      mesh: its `fsdp` and `expert` axes count.
+    """
+    return _fitting(_rule(path, len(shape)), shape, mesh)
+
+
+def _rule(path, ndim):
+    """The axes of RULES for an array of so many dimensions; none where no rule matches."""
+    spec = next((spec for pattern, spec in RULES if re.search(pattern, path)), None)
+    return () if spec is None else (None,) * (ndim - len(spec)) + spec[-ndim:]
+
+
+def _fitting(axes, shape, mesh):
+    """A PartitionSpec of those axes that divide their dimensions."""
+    return PartitionSpec(*(_dividing(a, s, mesh) for a, s in zip(axes, shape, strict=False)))
+
+
+def _dividing(axis, size, mesh):
+    """The axis, or of a pair the second, or None: the first that divides `size`."""
+    pair = axis if isinstance(axis, tuple) else (axis,)
+    for axes in (pair, pair[1:]):
+        if axes and axes[0] and size % math.prod(mesh.shape[a] for a in axes) == 0:
+            return axes if len(axes) > 1 else axes[0]
+    return None
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -72,14 +108,16 @@ def on_own_batch(f: Callable, mesh: Mesh | None, weights: Any = PartitionSpec())
     Args:
       f: gives arrays `[b, ...]`, from a pytree of weights, one array (or pytree) `[b, ...]`, and
         others `[b, ...]`, or `[1, ...]` and shared by all sequences.
-      mesh: over whose `BATCH_AXES` the batch is cut; None, or of one device, for f itself.
+      mesh: over whose `BATCH_AXES` the batch is cut; None, or of one device, for f itself. So it is
+        inside of a `jax.shard_map` over these axes, where each device has its own part already.
       weights: how those are cut that f has, one PartitionSpec or some for parts of them; whole by
         default.
 
     Raises:
       ValueError: when it is called with a batch that the mesh does not divide; prints both.
     """
-    if mesh is None or mesh.size == 1:
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if mesh is None or mesh.size == 1 or set(BATCH_AXES) <= set(manual):
         return f
     batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)

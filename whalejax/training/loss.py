@@ -85,7 +85,8 @@ def cross_entropy(
 
     with jax.named_scope("cross_entropy"):
         chunks = (split(hidden), split(labels), split(weights))
-        zero = jnp.zeros((), accumulator(hidden.dtype))
+        # zeros like it vary over the mesh axes that the sum does, wherever this runs
+        zero = jnp.zeros_like(hidden, shape=(), dtype=accumulator(hidden.dtype))
         return jax.lax.scan(of_chunk, zero, chunks)[0]
 
 
@@ -102,16 +103,45 @@ def training_loss(
 
     Source: DeepSeek-V3 (arXiv 2412.19437), equations 17 to 25.
     """
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
     layers = model.config.num_moe_layers
-    out = forward(model, inputs, execution, placement=_part(placement, slice(layers)))
-    ones = jnp.ones(labels.shape, accumulator(out.hidden.dtype))
-    main = cross_entropy(model, out.hidden, labels, ones) / labels.size
-    mtp, balance, mtp_load = jnp.zeros_like(main), out.balance_loss, jnp.zeros((0, 0), jnp.int32)
-    depths, overflow = model.config.num_nextn_predict_layers, out.overflow
+    of_model, of_modules = (_part(placement, s) for s in (slice(layers), slice(layers, None)))
+    out = forward(model, tokens[:, :-1], execution, placement=of_model)
+    behind = model, out.hidden, out.balance_loss, tokens, config, execution
+    total, parts = loss_behind(*behind, of_modules)
+    return total, parts._replace(load=out.load, overflow=out.overflow + parts.overflow)
+
+
+def loss_behind(
+    model: Decoder,
+    hidden: jax.Array,
+    balance: jax.Array,
+    tokens: jax.Array,
+    config: LossConfig,
+    execution: Execution,
+    placement: Placement | None = None,
+) -> tuple[jax.Array, Losses]:
+    """The part of the loss behind the final norm.
+
+    Args:
+      model: its head and MTP modules are used.
+      hidden: `[b, t, hidden]`, normed.
+      balance: `f32|f64[]`, mean of the balance losses of the MoE layers.
+      tokens: `i32[b, t + 1]`.
+      config: weights of the parts.
+      execution: how to run.
+      placement: of the MTP modules' experts.
+
+    Returns:
+      The loss and its parts; load and overflow of the MoE layers are not among them.
+    """
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    ones = jnp.ones(labels.shape, accumulator(hidden.dtype))
+    main = cross_entropy(model, hidden, labels, ones) / labels.size
+    mtp, overflow = jnp.zeros_like(main), jnp.int32(0)
+    load = mtp_load = jnp.zeros((0, 0), jnp.int32)
+    depths, layers = model.config.num_nextn_predict_layers, model.config.num_moe_layers
     if depths:
-        ahead_placed = _part(placement, slice(layers, None))
-        further = predict_further(model, out.hidden, inputs, execution, placement=ahead_placed)
+        further = predict_further(model, hidden, inputs, execution, placement=placement)
         place = jnp.arange(labels.shape[1], dtype=jnp.int32)[None]
         for depth in range(1, depths + 1):
             known = jnp.where(place < labels.shape[1] - depth, ones, 0.0)
@@ -119,9 +149,9 @@ def training_loss(
             nll = cross_entropy(model, further.hidden[depth - 1], ahead, known)
             mtp = mtp + nll / (labels.shape[0] * max(labels.shape[1] - depth, 1) * depths)
         balance = (balance * layers + further.balance_loss * depths) / (layers + depths)
-        mtp_load, overflow = further.load, overflow + further.overflow
+        mtp_load, overflow = further.load, further.overflow
     total = main + config.mtp_weight * mtp + config.balance_weight * balance
-    return total, Losses(main, mtp, balance, out.load, mtp_load, overflow)
+    return total, Losses(main, mtp, balance, load, mtp_load, overflow)
 
 
 def heldout_loss(

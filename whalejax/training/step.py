@@ -17,6 +17,7 @@ from whalejax.model.parameters import RouterBias
 from whalejax.model.sharding import batch_sharding, shardings
 from whalejax.parallel.eplb import update_estimate
 from whalejax.parallel.expert import Placement
+from whalejax.parallel.mesh import STAGE
 from whalejax.parallel.runtime import overlap_options
 from whalejax.training.experts import (
     EPLBConfig,
@@ -28,6 +29,7 @@ from whalejax.training.experts import (
 )
 from whalejax.training.loss import LossConfig, Losses, heldout_loss, training_loss
 from whalejax.training.optimizer import OptimizerConfig, clip, learning_rate, make_optimizer
+from whalejax.training.pipeline import PipelineConfig, pipelined_gradient
 
 MAX_BAD_STEPS = 10  # in a row, before a run stops
 
@@ -43,6 +45,7 @@ class StepConfig:
       optimizer: AdamW and the routers' bias.
       execution: precision, rematerialisation, mesh.
       eplb: slots of experts, and the estimate of their loads.
+      pipeline: the schedule, where the mesh has stages.
     """
 
     steps: int
@@ -51,12 +54,24 @@ class StepConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     execution: Execution = Execution()
     eplb: EPLBConfig = EPLBConfig()
+    pipeline: PipelineConfig = PipelineConfig()
 
     def __post_init__(self):
         if self.steps < 1 or self.accumulate < 1:
             raise ValueError(
                 f"steps={self.steps} and accumulate={self.accumulate} must be positive"
             )
+        if self.num_stages > 1 and (self.execution.overlap or self.eplb.every):
+            raise ValueError(
+                f"overlap={self.execution.overlap} and eplb.every={self.eplb.every} must be False "
+                f"and 0 with stage={self.num_stages} of the mesh: a pipeline can do neither"
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Ranks of the pipeline, 1 without one."""
+        mesh = self.execution.mesh
+        return 1 if mesh is None else mesh.shape[STAGE]
 
 
 @jax.tree_util.register_dataclass
@@ -200,13 +215,7 @@ def mean_gradients(
     model: ModelConfig, config: StepConfig, state: TrainState, batch: jax.Array
 ) -> tuple[jax.Array, Losses, Any]:
     """Loss, its parts and the gradient, means over the microbatches; loads are sums."""
-    graphdef = graphdef_of(model)
-
-    def loss_of(params, tokens):
-        decoder = nnx.merge(graphdef, params, state.router_bias)
-        return training_loss(decoder, tokens, config.loss, config.execution, state.placement)
-
-    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    gradient = gradient_of_loss(model, config, state)
     if config.accumulate == 1:
         (loss, parts), grads = gradient(state.params, batch[0])
         return loss, parts, grads
@@ -222,6 +231,20 @@ def mean_gradients(
         main=parts.main * scale, mtp=parts.mtp * scale, balance=parts.balance * scale
     )
     return loss * scale, mean, jax.tree.map(lambda g: g * scale, grads)
+
+
+def gradient_of_loss(model: ModelConfig, config: StepConfig, state: TrainState) -> Callable:
+    """The gradient of `training_loss` for parameters and `i32[b, t + 1]`, through stages or not."""
+    graphdef = graphdef_of(model)
+    if config.num_stages > 1:
+        options = config.loss, config.execution, config.pipeline
+        return pipelined_gradient(model, *options, state.router_bias)
+
+    def loss_of(params, tokens):
+        decoder = nnx.merge(graphdef, params, state.router_bias)
+        return training_loss(decoder, tokens, config.loss, config.execution, state.placement)
+
+    return jax.value_and_grad(loss_of, has_aux=True)
 
 
 def balance_routers(router_bias: Any, parts: Losses, speed: float) -> Any:
