@@ -1,0 +1,190 @@
+"""Times the parts of a pipeline's stage on one device, and predicts every schedule from them.
+
+`python -m whalejax.bench.pipeline` times one MoE layer of DeepSeek-V3 on 4096 tokens, in bfloat16
+and in FP8: forward pass, backward pass, its two halves, and a forward with a backward pass in one
+program. It has eight experts that every token visits: as many rows as each of 64 ranks works on
+when the load is balanced. Then it predicts the time of a step on 16 x 64 GPUs: stages of four
+layers, and transfers that the traffic model adds.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from whalejax.bench import report
+from whalejax.bench.expert import DEEPEP, LINK_GBS, NETWORK_GBS, Sizes, limited_choices
+from whalejax.bench.report import Bench, ours
+from whalejax.model.config import ModelConfig
+from whalejax.model.decoder import Decoder, Execution
+from whalejax.model.linear import PRECISIONS
+from whalejax.model.parameters import RouterBias
+from whalejax.model.pipelined import Travelling, divide, run_stage, split
+from whalejax.parallel.dualpipe import StageTimes, predict
+from whalejax.parallel.dualpipe.stage import Functions, Stage, trace_stage
+from whalejax.parallel.expert import Placement, Topology, predicted_us, row_bytes, traffic
+from whalejax.presets import preset
+from whalejax.training.pipeline import can_wait
+
+LENGTH, LAYERS, RANKS, EXPERT_RANKS = 4096, 4, 16, 64
+MICROBATCHES, CHUNKS = (32, 64, 128), (2, 4)
+LOCAL_EXPERTS = 4  # of 256 on 64 ranks
+PARTS = ("forward", "backward", "input", "weight", "overlapped")
+
+
+def one_layer(model: ModelConfig, experts: int) -> ModelConfig:
+    """A model of one MoE layer, in which every token visits every expert."""
+    moe = dataclasses.replace(
+        model.moe, n_routed_experts=experts, num_experts_per_tok=experts, n_group=1, topk_group=1
+    )
+    parts = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    return dataclasses.replace(model, **parts, moe=moe, vocab_size=256)
+
+
+def draw_stage(
+    model: ModelConfig, execution: Execution, length: int
+) -> tuple[Stage, list[jax.Array], Travelling]:
+    """A traced stage of the model's one layer, its parameters, and what travels into it."""
+    decoder = jax.jit(lambda key: Decoder(model, rngs=nnx.Rngs(params=key)))(jax.random.key(0))
+    _, params, router_bias = nnx.split(decoder, nnx.Param, RouterBias)
+    stages, _ = split(params, router_bias, divide(model, 1))
+    flat, structure = jax.tree_util.tree_flatten_with_path(jax.tree.map(lambda a: a[0], stages))
+    functions = Functions(
+        first=None,
+        stage=lambda stage, x: run_stage(stage, x, model, execution),
+        loss=lambda _, x, labels: (jnp.mean(x.hidden.astype(jnp.float32)) + x.balance, ()),
+        structure=structure,
+        names=tuple(jax.tree_util.keystr(path) for path, _ in flat),
+        trained=tuple(range(len(flat))),
+        deferred=tuple(i for i, (path, leaf) in enumerate(flat) if can_wait(path, leaf)),
+    )
+    shape = (1, length, model.hidden_size)
+    hidden = jax.random.normal(jax.random.key(1), shape, execution.precision.dtype)
+    x = Travelling(hidden, jnp.zeros((), jnp.float32))
+    leaves = [leaf for _, leaf in flat]
+    return trace_stage(functions, leaves, None, x, None), leaves, x
+
+
+def time_parts(bench: Bench, precision: str, model: ModelConfig, length: int) -> dict[str, float]:
+    """Microseconds of each of `PARTS`, for one layer."""
+    stage, leaves, x = draw_stage(model, Execution(precision=PRECISIONS[precision]), length)
+    dy = x._replace(hidden=jax.random.normal(jax.random.key(2), x.hidden.shape, x.hidden.dtype))
+    _, kept, _ = jax.jit(stage.forward)(leaves, x)
+
+    def whole(leaves, kept, dy):
+        return stage.backward(leaves, kept, dy)[:2]
+
+    def input_alone(leaves, kept, dy):
+        dx, gradients, slots = stage.backward(leaves, kept, dy)
+        return dx, stage.without_deferred(gradients), slots
+
+    def both(leaves, x, kept, dy):
+        return stage.forward(leaves, x), whole(leaves, kept, dy)
+
+    slots = jax.jit(input_alone)(leaves, kept, dy)[-1]
+    calls = {
+        "forward": (stage.forward, (leaves, x)),
+        "backward": (whole, (leaves, kept, dy)),
+        "input": (input_alone, (leaves, kept, dy)),
+        "weight": (stage.weight_gradients, (leaves, slots)),
+        "overlapped": (both, (leaves, x, kept, dy)),
+    }
+    found = {}
+    for part, (f, arguments) in calls.items():
+        times = bench.time(part, f"layer {precision}", [ours(f, [arguments])])
+        found[part] = float(np.median(times["whalejax"].sustained_us))
+    return found
+
+
+def transfers_us(quantized: bool) -> tuple[float, float]:
+    """Microseconds that a layer's tokens travel in a forward, and in a backward pass.
+
+    A gradient of dispatch travels as combine does, one of combine as dispatch in bfloat16.
+    """
+    sizes = Sizes()
+    machine = Topology(
+        num_ranks=EXPERT_RANKS, ranks_per_node=8, link_gbs=LINK_GBS, network_gbs=NETWORK_GBS
+    )
+    topk = limited_choices(machine, sizes)
+    placement = Placement.uniform(sizes.experts, EXPERT_RANKS)
+
+    def us(fp8):
+        bytes_ = row_bytes(sizes.hidden, sizes.k, quantized=fp8)
+        return predicted_us(traffic(topk, placement, machine, row_bytes=bytes_), machine)
+
+    plain = us(False)
+    return (us(True) if quantized else plain) + plain, 2 * plain
+
+
+def stage_times(parts: dict[str, float], transfers: tuple[float, float]) -> StageTimes:
+    """Seconds of a stage of `LAYERS` layers, from microseconds of one.
+
+    Transfers are bare where a pass runs alone, and hidden as far as they can be where two overlap.
+    """
+    there, back = transfers
+    computed = max(parts["overlapped"], parts["forward"] + parts["backward"])
+    layer = {
+        "forward": parts["forward"] + there,
+        "backward": parts["backward"] + back,
+        "weight": parts["weight"],
+        "overlapped": max(computed, there + back),
+    }
+    activation = LENGTH * preset("v3").hidden_size * 2
+    stage = {name: us * LAYERS * 1e-6 for name, us in layer.items()}
+    return StageTimes(**stage, transfer=activation / NETWORK_GBS * 1e-9)
+
+
+def copies_s() -> float:
+    """Seconds in which DualPipe's second copies of a stage's parameters and gradients travel."""
+    layer = one_layer(preset("v3"), LOCAL_EXPERTS)
+    shapes = jax.eval_shape(lambda: Decoder(layer, rngs=nnx.Rngs(0)).moe_layers)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    return 2 * 4 * LAYERS * parameters / NETWORK_GBS * 1e-9
+
+
+def predictions(times: StageTimes) -> list[str]:
+    """Lines of milliseconds a step, the fastest schedule first."""
+    lines = []
+    for microbatches in MICROBATCHES:
+        found = {}
+        for chunks in CHUNKS:
+            numbers = {"num_ranks": RANKS, "num_microbatches": microbatches}
+            seconds = predict(times, **numbers, chunks_per_rank=chunks).seconds
+            found |= {f"{n} x{chunks}" if "inter" in n else n: s for n, s in seconds.items()}
+        found["dualpipe, copies sent"] = found["dualpipe"] + copies_s()
+        ranked = sorted(found.items(), key=lambda pair: pair[1])
+        shown = ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in ranked)
+        lines.append(f"M={microbatches:<5} {shown}")
+    return lines
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Times and predicts."""
+    args = sys.argv[1:] if args is None else args
+    bench = Bench("pipeline", report.parser("pipeline", __doc__).parse_args(args), args)
+    on_gpu = jax.default_backend() == "gpu"
+    model, length = (one_layer(preset("v3"), 8), LENGTH) if on_gpu else (preset("tiny"), 64)
+    if not on_gpu:
+        model = one_layer(model, 4)
+    bench.ceilings()
+    found = {
+        precision: time_parts(bench, precision, model, length) for precision in ("bf16", "fp8")
+    }
+    bench.table()
+    published = DEEPEP[-1]
+    print(f"milliseconds of a step, PP {RANKS} x EP {published.ranks}, {LAYERS} layers a stage")
+    for precision, parts in found.items():
+        transfers = transfers_us(precision == "fp8")
+        times = stage_times(parts, transfers)
+        shown = ", ".join(f"{n} {1e3 * s:.2f}" for n, s in dataclasses.asdict(times).items())
+        print(f"{precision}: stage, in ms: {shown}; tokens travel {sum(transfers):.0f} us a layer")
+        print("\n".join(predictions(times)))
+
+
+if __name__ == "__main__":
+    main()
