@@ -8,8 +8,10 @@ stacks them as it stacks gradients. Of the gradients and the slots only one is u
 and XLA removes what the other would cost.
 """
 
+import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from whalejax.kernels.quantization import QuantizedArray
+from whalejax.parallel.dualpipe.counting import count_marks, mark
 
 
 class Record:
@@ -93,8 +96,14 @@ def deferrable(f: Callable, x: Any, w: Any) -> Any:
     y = f(x, values)
     keys = tuple(each.key for each in waiting)
     shapes = (jax.tree.map(_shape, tree) for tree in (values, x, y))
-    waiting[0].record.calls.append(Call(f, keys, *shapes))
-    return y
+    calls = waiting[0].record.calls
+    calls.append(Call(f, keys, *shapes))
+    return mark(y, _mark_of(len(calls) - 1))
+
+
+def _mark_of(number):
+    """The name of a recorded call in the jaxpr."""
+    return f"call {number} of deferrable"
 
 
 def _is_deferred(leaf):
@@ -226,16 +235,22 @@ def find_calls(
             leaves[key] = Deferred(leaves[key], None, key, record)
         return run(leaves)
 
-    jax.eval_shape(recorded, list(parameters))
-    uses = [key for call in record.calls for key in call.keys]
-    wrong = [f"{names[key]} in {uses.count(key)}" for key in chosen if uses.count(key) != 1]
+    marks = count_marks(jax.make_jaxpr(recorded)(list(parameters)))
+    found = ((call, marks[_mark_of(number)]) for number, call in enumerate(record.calls))
+    counted = [(call, count) for call, count in found if count]  # loops may have been traced twice
+    stacks = [_stack(call, parameters) for call, _ in counted]
+    uses = collections.Counter()
+    for (call, count), stack in zip(counted, stacks, strict=True):
+        once = math.prod(stack) * jax.tree.leaves(call.y)[0].size
+        for key in call.keys:
+            uses[key] += count // once
+    wrong = [f"{names[key]} in {uses[key]}" for key in chosen if uses[key] != 1]
     if wrong:
         raise ValueError(
             f"defer: a weight must be used in exactly one call of deferrable, but a stage uses "
             f"{', '.join(wrong)}"
         )
-    stacks = tuple(_stack(call, parameters) for call in record.calls)
-    return Deferral(tuple(record.calls), stacks)
+    return Deferral(tuple(call for call, _ in counted), tuple(stacks))
 
 
 def _stack(call, parameters):
