@@ -123,6 +123,11 @@ def _check_schedule(schedule, ranks, microbatches):
             f"schedule {schedule.name!r} is of {schedule.num_ranks} ranks and "
             f"{schedule.num_microbatches} microbatches, but there are {ranks} and {microbatches}"
         )
+    if schedule.num_stages % ranks:
+        raise ValueError(
+            f"schedule {schedule.name!r} has {schedule.num_stages} stages, which must be a "
+            f"multiple of its {ranks} ranks: each stores as many"
+        )
 
 
 def _step(pipeline, functions, waits, sharding, stage_params, inputs, labels, ends):
