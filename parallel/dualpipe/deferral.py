@@ -26,7 +26,8 @@ from whalejax.parallel.dualpipe.counting import count_marks, mark
 class Record:
     """Calls of `deferrable`, as they are made; equals itself alone, as does a trace that has it."""
 
-    def __init__(self):
+    def __init__(self, names: Sequence[str]):
+        self.names = names
         self.calls: list[Call] = []
 
 
@@ -50,6 +51,14 @@ class Deferred:
     slots: Any
     key: int
     record: Record | None = None
+
+    def __jax_array__(self):
+        """Refuses to be used as an array."""
+        name = self.record.names[self.key] if self.record else self.key
+        raise ValueError(
+            f"defer: {name} {list(self.value.shape)} is used outside of deferrable: its gradient "
+            f"cannot wait"
+        )
 
 
 class Call(NamedTuple):
@@ -227,7 +236,7 @@ def find_calls(
     Raises:
       ValueError: one of them is not used in exactly one call of `deferrable`; prints its name.
     """
-    record = Record()
+    record = Record(names)
 
     def recorded(parameters):
         leaves = list(parameters)

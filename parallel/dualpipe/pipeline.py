@@ -73,6 +73,7 @@ def run_pipeline(
       ValueError: sizes do not fit; prints them.
     """
     _check_leaves(pipeline, functions, leaves)
+    _check_batch(inputs, labels)
     cut = functools.partial(cut_microbatches, pipeline)
     of_stages = [PartitionSpec(pipeline.stage_axis, *spec) for spec in specs[0]]
     of_ends = jax.tree.unflatten(jax.tree.structure(ends), specs[1])
@@ -105,6 +106,16 @@ def cut_microbatches(pipeline: Pipeline, batch: Any) -> Any:
         return array.reshape(number, array.shape[0] // number, *array.shape[1:])
 
     return jax.tree.map(cut, batch)
+
+
+def _check_batch(inputs, labels):
+    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves((inputs, labels))}
+    if len(sizes) != 1 or sizes == {()} or not jax.tree.leaves(inputs):
+        shapes = [[list(leaf.shape) for leaf in jax.tree.leaves(tree)] for tree in (inputs, labels)]
+        raise ValueError(
+            f"inputs and labels must be arrays [batch, ...] of one batch, but inputs are "
+            f"{shapes[0]} and labels {shapes[1]}"
+        )
 
 
 def _check_leaves(pipeline, functions, leaves):
