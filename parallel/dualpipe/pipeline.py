@@ -79,8 +79,12 @@ def run_pipeline(
     of_ends = jax.tree.unflatten(jax.tree.structure(ends), specs[1])
     of_batch = PartitionSpec(None, pipeline.batch_axes)
     stacked, whole = PartitionSpec(pipeline.stage_axis), PartitionSpec()
+
+    def run_rank(*arguments):  # a partial would print the whole table in JAX's errors
+        return _run_rank(pipeline, functions, specs, *arguments)
+
     run = jax.shard_map(
-        functools.partial(_run_rank, pipeline, functions, specs),
+        run_rank,
         mesh=pipeline.mesh,
         in_specs=(of_stages, of_ends, of_batch, of_batch),
         out_specs=(whole, (stacked, whole), [of_stages[i] for i in functions.trained], of_ends),

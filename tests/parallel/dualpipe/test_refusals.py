@@ -30,7 +30,9 @@ def loss(ends, x, labels):
     return jnp.mean((x - labels) ** 2)
 
 
-def call(batch=8, labels=8, stages=2, dtype=jnp.float32, stage_fn=stage, loss_fn=loss, **options):
+def call(
+    batch=8, labels=8, stages=2, ends=8, dtype=jnp.float32, stage_fn=stage, loss_fn=loss, **options
+):
     """Traces a pipeline of two ranks and a data axis of two."""
     mesh = jax.make_mesh(
         (2, 2), ("stage", "data"), devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2
@@ -38,7 +40,7 @@ def call(batch=8, labels=8, stages=2, dtype=jnp.float32, stage_fn=stage, loss_fn
     options = {"num_microbatches": 4, "schedule": "dualpipe", **options}
     step = value_and_grad(stage_fn, loss_fn, mesh=mesh, **options)
     x, targets = jnp.ones((batch, 6), dtype), jnp.ones((labels, 6) if labels else ())
-    jax.eval_shape(step, {"w": jnp.ones((stages, 6, 6))}, x, targets, jnp.ones((6, 6)))
+    jax.eval_shape(step, {"w": jnp.ones((stages, 6, 6))}, x, targets, jnp.ones(ends))
 
 
 def test_what_fits_is_traced():
@@ -79,6 +81,10 @@ def test_what_fits_is_traced():
             r"of one batch, but inputs are \[\[8, 6\]\] and labels \[\[16, 6\]\]",
         ),
         ({"labels": ()}, r"of one batch, but inputs are \[\[8, 6\]\] and labels \[\[\]\]"),
+        (
+            {"ends": 7, "sharding": Sharding(ends=PartitionSpec("data"))},
+            r"(?s)^shard_map applied to the function 'run_rank' was given .{,300}\[7\], where .*P",
+        ),
         ({"stages": 3}, r"leading axis of 2 stages, but there are \['w'\]\[3, 6, 6\]"),
         (
             {"schedule": "dualpipev", "stages": 2},
