@@ -115,15 +115,15 @@ CASES = {
 }
 
 
-def draw(shapes):
-    """Parameters of two stages and of the ends, inputs and labels."""
+def draw(shapes, stages=2, microbatches=MICROBATCHES):
+    """Parameters of the stages, inputs, labels, and parameters of the ends."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape) / 3, jnp.float32)
 
-    params = {name: normal(2, *shape) for name, shape in shapes.items()}
-    tokens, labels = rng.integers(VOCABULARY, size=(2, MICROBATCHES * ROWS), dtype=np.int32)
+    params = {name: normal(stages, *shape) for name, shape in shapes.items()}
+    tokens, labels = rng.integers(VOCABULARY, size=(2, microbatches * ROWS), dtype=np.int32)
     ends = {"embedding": normal(VOCABULARY, WIDTH)}
     return params, jnp.asarray(tokens), jnp.asarray(labels), ends
 
