@@ -143,7 +143,7 @@ def test_so_they_are_with_a_steady_state(name, ranks):
     compare(name, ranks, 6 * ranks)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["interleaved", "zb1p", "dualpipe"])
 def test_in_float64_they_differ_by_its_rounding(name):
     with jax.enable_x64(True):
         compare(name, 2, 4, dtype=np.float64, tolerance=1e-12)
@@ -166,7 +166,7 @@ def test_microbatches_may_be_odd_and_few(name, ranks, microbatches):
     compare(name, ranks, microbatches)
 
 
-@pytest.mark.parametrize("name", ["gpipe", "zb1p", "dualpipev"])
+@pytest.mark.parametrize("name", ["zb1p", "dualpipev"])
 def test_one_rank_is_a_pipeline(name):
     compare(name, 1, 4)
 

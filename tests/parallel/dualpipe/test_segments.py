@@ -134,6 +134,13 @@ def test_where_ranks_never_pair_passes_there_is_one_segment(name):
     assert [(s.start, s.stop, len(s.parts)) for s in segments(table)] == [(0, table.num_ticks, 1)]
 
 
+@pytest.mark.parametrize(("microbatches", "ticks", "loops"), [(6, 3, 1), (8, 5, 3)])
+def test_a_short_steady_state_is_no_loop_of_its_own(microbatches, ticks, loops):
+    table = align_chunks(tabulate(make_schedule("dualpipe", 2, microbatches)))
+    start, stop = steady_ticks(table)
+    assert (stop - start, len(segments(table))) == (ticks, loops)
+
+
 @FIXED
 @given(**SIZES)
 def test_alignment_only_gives_chunks_other_numbers(name, half, rounds, chunks):
