@@ -204,10 +204,8 @@ def _gather(gather_axes, spec, leaf):
 
 def _reduce(gather_axes, over, spec, total):
     """A gradient summed over all devices that have the parameter, each left with its part."""
-    done = set()
     for dimension, axes in _gathered(gather_axes, spec):
         total = lax.psum_scatter(total, axes, scatter_dimension=dimension, tiled=True)
-        done.update(axes)
     cut = {axis for axes in spec for axis in ((axes,) if isinstance(axes, str) else axes or ())}
-    rest = tuple(axis for axis in over if axis not in done | cut)
+    rest = tuple(axis for axis in over if axis not in cut)
     return lax.psum(total, rest) if rest else total
