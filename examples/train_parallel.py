@@ -9,7 +9,7 @@ does about it, is in `expert_load.png`.
 
 Then the same devices are four stages of a pipeline with two ranks of experts each: the dense layer,
 two MoE layers, and the MTP module with the head. DualPipe runs eight microbatches through them from
-both ends; `timeline.png` shows who does what when, if a backward pass takes as long as two forward passes.
+both ends; `timeline.png` shows who does what when, if backward takes twice as long as forward.
 """
 
 import argparse
