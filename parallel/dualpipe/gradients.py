@@ -60,7 +60,8 @@ def value_and_grad(
 
     Args:
       stage_fn: `(params, x) -> x`, a stage; x is a pytree of float arrays and keeps its structure,
-        shapes and dtypes. With `has_aux` it gives `(x, aux)`.
+        shapes and dtypes. With `has_aux` it gives `(x, aux)`. Parameters are not kept with every
+        microbatch, but what is made of one is, a cast or a slice: make it before.
       loss_fn: `(x, labels) -> scalar`, or where ends are given `(ends, x, labels) -> scalar`; with
         `has_aux` it gives `(scalar, aux)`.
       mesh: with `stage_axis`.

@@ -1,9 +1,9 @@
 """A model divided into the stages of a pipeline: MoE layers in stages, all else at the ends.
 
 The first stage embeds and runs the dense layers before its MoE layers; the last one has the final
-norm, MTP modules and the head behind its own. So what stages do alike is stacked, `[num_stages,
-slots, ...]`, and the rest is one set of parameters that both ends share, as MTP modules use the
-embedding too.
+norm, MTP modules and the head behind its own. So what stages do alike is stacked, a pytree of
+`[num_stages, ...]` for each of a stage's slots, and the rest is one set of parameters that both
+ends share, as MTP modules use the embedding too.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from flax import nnx
 from whalejax.kernels.accumulation import accumulator
 from whalejax.model.config import ModelConfig
 from whalejax.model.decoder import (
+    REMATERIALISATION,
     Decoder,
-    DecoderLayer,
     Execution,
     decoder_layer,
     embed,
@@ -95,41 +95,50 @@ def divide(config: ModelConfig, num_stages: int) -> Division:
     return Division(tuple(layers))
 
 
-def to_stages(tree: Any, division: Division) -> Any:
-    """Arrays `[layers, ...]` as `[stages, slots, ...]`; what stands in padding is arbitrary."""
-    shape = division.active.shape
-    if division.active.all():
-        return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), tree)
-    layer = np.zeros(shape, np.int32)
+def to_stages(tree: Any, division: Division) -> tuple[Any, ...]:
+    """Arrays `[layers, ...]` as `[stages, ...]` of each slot; padding is arbitrary."""
+    layer = np.zeros(division.active.shape, np.int32)
     layer[division.active] = np.arange(sum(division.layers))
-    return jax.tree.map(lambda a: a[layer], tree)
+
+    def of_slot(slot):
+        if division.active.all():  # a slice of what every stage holds, no gathering
+            shape = division.active.shape
+            return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:])[:, slot], tree)
+        return jax.tree.map(lambda a: a[layer[:, slot]], tree)
+
+    return tuple(map(of_slot, range(division.slots)))
 
 
-def from_stages(tree: Any, division: Division) -> Any:
-    """Arrays `[stages, slots, ...]` as `[layers, ...]`, without the padding."""
-    slot = np.flatnonzero(division.active)
-    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
-    return flat if division.active.all() else jax.tree.map(lambda a: a[slot], flat)
+def from_stages(slots: tuple[Any, ...], division: Division) -> Any:
+    """Arrays `[stages, ...]` of each slot as `[layers, ...]`, without the padding."""
+    active = np.flatnonzero(division.active)
+
+    def join_slots(*arrays):
+        flat = jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+        return flat if division.active.all() else flat[active]
+
+    return jax.tree.map(join_slots, *slots)
 
 
 def split(params: nnx.State, router_bias: nnx.State, division: Division) -> tuple[Any, Any]:
-    """The parameters of the stages, `[stages, slots, ...]`, and those of the ends.
+    """The parameters of the stages, a tuple of slots, and those of the ends.
 
-    Both are pairs of parameters and routers' biases. Where not all slots hold a layer, those of the
-    stages have a third part, `bool[stages, slots]`: which of them do.
+    A slot has parameters and routers' biases, `[stages, ...]`, as the ends do; where not all slots
+    hold a layer, it has a third part, `bool[stages]`: in which stages it does.
     """
     states = params, router_bias
-    stages = tuple(nnx.State(to_stages(_parts(s).get(MOE_LAYERS, {}), division)) for s in states)
+    layers = tuple(nnx.State(_parts(s).get(MOE_LAYERS, {})) for s in states)
+    slots = to_stages(layers, division)
     if not division.active.all():
-        stages += (jnp.asarray(division.active),)
+        slots = tuple((*s, jnp.asarray(division.active[:, i])) for i, s in enumerate(slots))
     ends = tuple(nnx.State({k: v for k, v in _parts(s).items() if k != MOE_LAYERS}) for s in states)
-    return stages, ends
+    return slots, ends
 
 
-def join(stages: Any, ends: Any, division: Division) -> nnx.State:
+def join(slots: tuple[Any, ...], ends: Any, division: Division) -> nnx.State:
     """Gradients of all parameters from those of what `split` gave; biases have none."""
-    layers = from_stages(_parts(stages[0]), division)
-    return nnx.State({**_parts(ends[0]), MOE_LAYERS: layers})
+    layers = from_stages(tuple(slot[0] for slot in slots), division)
+    return nnx.State({**_parts(ends[0]), MOE_LAYERS: _parts(layers)})
 
 
 @functools.cache
@@ -162,9 +171,11 @@ def enter(model: Decoder, tokens: jax.Array, execution: Execution) -> Travelling
 
 
 def run_stage(
-    stage: Any, x: Travelling, config: ModelConfig, execution: Execution
-) -> tuple[Travelling, MoEStats]:
-    """Runs the MoE layers of one stage.
+    stage: tuple[Any, ...], x: Travelling, config: ModelConfig, execution: Execution
+) -> tuple[Travelling, tuple[MoEStats, ...]]:
+    """Runs the MoE layers of one stage, one after the other and not in a loop.
+
+    Out of a loop XLA can hide a layer's transfers behind what another microbatch computes.
 
     Args:
       stage: of what `split` gives for the stages, the part of one.
@@ -177,24 +188,27 @@ def run_stage(
     """
     angles = positions_angles(x.hidden, None, config, x.hidden.dtype)
 
-    def run(p, hidden):
+    def run(layer, hidden):
+        p = nnx.merge(structures(config)[0], *layer)
         hidden, (_, stats) = decoder_layer(p, hidden, angles, config, execution)
         return hidden, stats
 
-    def run_active(p, hidden, active):
-        def here(hidden):
-            return run(p, hidden)
+    def skip(_, hidden):
+        return hidden, no_statistics(config, hidden)
 
-        def skip(hidden):
-            return hidden, no_statistics(config, hidden)
-
-        return jax.lax.cond(active, here, skip, hidden)
-
-    params, router_bias, *active = stage
-    layers: DecoderLayer = nnx.merge(structures(config)[0], params, router_bias)
-    arguments = run_active if active else run, layers, x.hidden, *active
-    hidden, stats = scan_layers(*arguments, rematerialise=execution.rematerialise)
-    return Travelling(hidden, x.balance + jnp.sum(stats.balance_loss)), stats
+    if execution.rematerialise != "none":
+        policy = REMATERIALISATION[execution.rematerialise]
+        run = jax.checkpoint(run, policy=policy, prevent_cse=False)
+    hidden, balance, found = x.hidden, x.balance, []
+    for params, router_bias, *active in stage:
+        layer = params, router_bias
+        if active:
+            hidden, stats = jax.lax.cond(*active, run, skip, layer, hidden)
+        else:
+            hidden, stats = run(layer, hidden)
+        balance = balance + stats.balance_loss
+        found.append(stats)
+    return Travelling(hidden, balance), tuple(found)
 
 
 def no_statistics(config: ModelConfig, hidden: jax.Array) -> MoEStats:

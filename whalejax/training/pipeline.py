@@ -156,7 +156,7 @@ def stage_functions(
 
     def inner(stage, x):
         x, stats = run_stage(stage, x, model, execution)
-        return x, (stats.load, stats.overflow)
+        return x, tuple((of_slot.load, of_slot.overflow) for of_slot in stats)
 
     def last(ends, x: Travelling, tokens):
         decoder = ends_of(model, ends)
@@ -175,10 +175,10 @@ def can_wait(path: Any, _: Any) -> bool:
 
 def whole_parts(stats: Any, parts: Losses, division: Division, count: int) -> Losses:
     """The parts of a batch's loss from sums over its `count` parts, and from the stages' loads."""
-    load, overflow = stats
+    load, overflow = from_stages(stats, division)
     mean = {name: getattr(parts, name) / count for name in ("main", "mtp", "balance")}
     lost = jnp.sum(overflow, dtype=jnp.int32) + parts.overflow
-    return parts._replace(load=from_stages(load, division), overflow=lost, **mean)
+    return parts._replace(load=load, overflow=lost, **mean)
 
 
 def sharding_of(stages: Any, ends: Any, mesh: Mesh) -> dualpipe.Sharding:
