@@ -9,6 +9,8 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from whalejax.parallel.mesh import STAGE
+
 AUTO = "auto"
 HEARTBEAT_TIMEOUT_S = 60  # a process that died or hangs ends the others after this
 SHUTDOWN_TIMEOUT_S = 30  # a process that fails waits so long for the others, then ends them
@@ -17,6 +19,8 @@ FIRST_TIMEOUT_S = 3600  # that the others give the first process for a thing it 
 # Of `jax.jit(..., compiler_options=)`, for `overlap_microbatches` on GPUs. XLA merges matmuls of
 # both half-batches that share a weight of up to so many MB, and what one waits for, both wait for.
 OVERLAP_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
+# For pipelines: more transfers at a time, as a forward pass's can meet a backward pass's.
+PIPELINE_OPTIONS = OVERLAP_OPTIONS | {"xla_gpu_experimental_parallel_collective_overlap_limit": 4}
 
 _calls = itertools.count()  # every process counts alike, so that each message has a name
 
@@ -121,6 +125,7 @@ def whole(tree: Any) -> Any:
 
 
 def overlap_options(mesh: Mesh) -> dict[str, int] | None:
-    """The compiler options for `overlap_microbatches` on the devices of a mesh."""
-    platform = mesh.devices.flat[0].platform
-    return OVERLAP_OPTIONS if platform in ("gpu", "cuda") else None
+    """The compiler options with which transfers hide behind computation on a mesh's devices."""
+    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+        return None
+    return PIPELINE_OPTIONS if mesh.shape.get(STAGE, 1) > 1 else OVERLAP_OPTIONS

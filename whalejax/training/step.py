@@ -265,12 +265,13 @@ def compile_step(model: ModelConfig, config: StepConfig, mesh: Mesh) -> Callable
     Cached, so that a run that stops and goes on in one process compiles once.
     """
     state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, config, mesh))
+    overlaps = config.execution.overlap or config.num_stages > 1
     return jax.jit(
         functools.partial(train_step, model, config),
         in_shardings=(state, batch_sharding(mesh, leading=1)),
         out_shardings=(state, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
-        compiler_options=overlap_options(mesh) if config.execution.overlap else None,
+        compiler_options=overlap_options(mesh) if overlaps else None,
     )
 
 
