@@ -20,6 +20,7 @@ from whalejax.presets import PRESETS
 from whalejax.tokenizer import ByteTokenizer
 from whalejax.training.metrics import peak_flops, training_flops_per_token
 from whalejax.training.optimizer import OptimizerConfig
+from whalejax.training.pipeline import PipelineConfig
 from whalejax.training.step import StepConfig, compile_step, init_state
 
 
@@ -36,6 +37,9 @@ def main() -> None:
     parser.add_argument("--mesh", type=MeshConfig.parse, default=MeshConfig())
     parser.add_argument("--overlap", action="store_true", help="over several ranks of experts")
     parser.add_argument("--capacity-factor", type=float, help="of the rows of a rank")
+    parser.add_argument("--schedule", default="dualpipe", help="of the ranks of the axis stage")
+    parser.add_argument("--microbatches", type=int, help="of the pipeline")
+    parser.add_argument("--chunks-per-rank", type=int, default=1, help="of interleaved")
     args = parser.parse_args()
 
     model, mesh = PRESETS[args.preset], make_mesh(args.mesh)
@@ -49,6 +53,11 @@ def main() -> None:
             mesh=mesh if mesh.size > 1 else None,
             overlap=args.overlap,
             capacity_factor=args.capacity_factor,
+        ),
+        pipeline=PipelineConfig(
+            schedule=args.schedule,
+            microbatches=args.microbatches,
+            chunks_per_rank=args.chunks_per_rank,
         ),
     )
     tokens = join(standard_library().train, ByteTokenizer())
