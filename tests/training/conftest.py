@@ -1,4 +1,11 @@
-"""A model small enough that compilation is what its tests wait for."""
+"""A model small enough to wait only for its compilation; and compilation for GPUs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +40,21 @@ def micro() -> ModelConfig:
         initializer_range=0.05,
         eos_token_id=0,
     )
+
+
+@pytest.fixture(scope="session")
+def compile_for_h100() -> Callable:
+    """Runs a script that compiles for 8 H100s, with arguments; gives what it prints as JSON."""
+    # `make` puts JAX's CUDA plugin there, apart: it would be found by every test on the CPU
+    cuda = Path(sys.prefix) / "cuda"
+    if not cuda.exists():
+        pytest.skip(f"no CUDA plugin in {cuda}: make aot")
+
+    def run(script, *arguments):
+        environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
+        command = [sys.executable, script, cuda, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

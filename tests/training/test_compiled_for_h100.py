@@ -1,36 +1,22 @@
 """The training step compiled for 8 H100s: what is scheduled under each transfer, FP8, bytes."""
 
 import collections
+import functools
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_for_h100.py")
-# `make` puts JAX's CUDA plugin there, apart: it would be found by every test on the CPU
-CUDA = Path(sys.prefix) / "cuda"
-compiles = pytest.mark.skipif(not CUDA.exists(), reason=f"no CUDA plugin in {CUDA}: make aot")
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(compile_for_h100):
     """What the script prints of a precision, with or without overlap."""
-
-    def run(*arguments):
-        environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
-        command = [sys.executable, SCRIPT, CUDA, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run
+    return functools.partial(compile_for_h100, SCRIPT)
 
 
-@compiles
 @pytest.mark.parametrize(("precision", "capacity"), [("bf16", "2.0"), ("fp8", "none")])
 def test_every_transfer_of_the_layers_hides_behind_the_other_half(compiled, precision, capacity):
     result = compiled(precision, capacity, "overlap")
@@ -72,14 +58,12 @@ def check_fp8(result):
     assert result["temporary_bytes"] < result["state_bytes"] / 3 + 16 * result["rows_bytes"]
 
 
-@compiles
 @pytest.mark.slow
 def test_without_overlap_no_transfer_hides_behind_another_half(compiled):
     steady = [t for t in compiled("bf16", "none")["transfers"] if t["phase"] != "outside"]
     assert len(steady) == 5 and all(t["other"] == 0 for t in steady)
 
 
-@compiles
 @pytest.mark.slow
 def test_with_rows_for_any_load_one_transfer_hides_behind_weights(compiled):
     """In bfloat16 those that the other half's grouped matmuls gather, for each tile of rows."""

@@ -1,26 +1,12 @@
 """A training step through DualPipe compiled for 8 H100s: what hides each transfer, and bytes."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_pipeline_for_h100.py")
-CUDA = Path(sys.prefix) / "cuda"  # of `make aot`
-compiles = pytest.mark.skipif(not CUDA.exists(), reason=f"no CUDA plugin in {CUDA}: make aot")
-
-
-def compiled(*arguments):
-    """What the script prints."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
-    command = [sys.executable, SCRIPT, CUDA, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def hides(transfer):
@@ -28,7 +14,6 @@ def hides(transfer):
     return any(of and of != transfer["of"] for of in transfer["under"])
 
 
-@compiles
 @pytest.mark.parametrize(
     ("precision", "rematerialise", "capacity", "transfers"),
     [
@@ -38,9 +23,9 @@ def hides(transfer):
     ],
 )
 def test_every_transfer_of_the_steady_state_hides_behind_another_microbatch(
-    precision, rematerialise, capacity, transfers
+    compile_for_h100, precision, rematerialise, capacity, transfers
 ):
-    result = compiled(precision, rematerialise, capacity)
+    result = compile_for_h100(SCRIPT, precision, rematerialise, capacity)
     print({name: value for name, value in result.items() if name.endswith("bytes")})
     shown = json.dumps(result["transfers"], indent=1)
     exchanges = [t for t in result["transfers"] if t["kind"] == "all-to-all"]
