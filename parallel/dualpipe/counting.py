@@ -1,4 +1,4 @@
-"""How often parts of a traced function run, counted in its jaxpr."""
+"""What a jaxpr tells of a traced function: how often parts of it run, and what they need."""
 
 import collections
 from collections.abc import Iterator
@@ -44,3 +44,18 @@ def _inner(parameters) -> Iterator:
             jaxpr = getattr(each, "jaxpr", each)
             if hasattr(jaxpr, "eqns"):
                 yield jaxpr
+
+
+def used_inputs(jaxpr: Any) -> tuple[bool, ...]:
+    """Which inputs of a function its outputs depend on.
+
+    An operation that contains others is taken to use all that it is given.
+
+    Args:
+      jaxpr: of `jax.make_jaxpr`.
+    """
+    needed = set(map(id, jaxpr.jaxpr.outvars))
+    for equation in reversed(jaxpr.jaxpr.eqns):
+        if any(id(variable) in needed for variable in equation.outvars):
+            needed.update(map(id, equation.invars))
+    return tuple(id(variable) in needed for variable in jaxpr.jaxpr.invars)

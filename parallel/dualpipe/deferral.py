@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from whalejax.kernels.quantization import QuantizedArray
-from whalejax.parallel.dualpipe.counting import count_marks, mark
+from whalejax.parallel.dualpipe.counting import count_marks, mark, used_inputs
 
 
 class Record:
@@ -42,7 +42,8 @@ class Deferred:
 
     Attributes:
       value: the weight.
-      slots: what takes the gradient's ingredients, None while calls are recorded.
+      slots: what takes the gradient's ingredients, the leaves of x and of the output's gradient,
+        None for those that are not needed; None while calls are recorded.
       key: which of the stage's parameters it is.
       record: of calls, or None.
     """
@@ -101,7 +102,8 @@ def deferrable(f: Callable, x: Any, w: Any) -> Any:
         )
     values = structure.unflatten([each.value for each in waiting])
     if waiting[0].record is None:
-        return _deferrable(f, x, values, waiting[0].slots)
+        slots = waiting[0].slots
+        return _deferrable(f, tuple(slot is not None for slot in slots), x, values, slots)
     y = f(x, values)
     keys = tuple(each.key for each in waiting)
     shapes = (jax.tree.map(_shape, tree) for tree in (values, x, y))
@@ -123,18 +125,18 @@ def _shape(array):
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _deferrable(f, x, w, slots):
-    del slots
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _deferrable(f, needed, x, w, slots):
+    del needed, slots
     return f(x, w)
 
 
-def _forward(f, x, w, slots):
-    del slots
+def _forward(f, needed, x, w, slots):
+    del needed, slots
     return f(x, w), (x, w)
 
 
-def _backward(f, residuals, dy):
+def _backward(f, needed, residuals, dy):
     x, w = residuals
     leaves, structure = jax.tree.flatten(x, is_leaf=_is_quantized)
     wide = {i: leaf for i, leaf in enumerate(leaves) if _is_wide(leaf)}
@@ -145,7 +147,8 @@ def _backward(f, residuals, dy):
     _, vjp = jax.vjp(of_wide, wide, w)
     dwide, dw = vjp(dy)
     dx = structure.unflatten([dwide.get(i) for i in range(len(leaves))])
-    return dx, dw, (jax.tree.map(_as_float, x), dy)
+    kept = jax.tree.leaves((jax.tree.map(_as_float, x), dy))
+    return dx, dw, tuple(a if wanted else None for a, wanted in zip(kept, needed, strict=True))
 
 
 _deferrable.defvjp(_forward, _backward)
@@ -160,6 +163,10 @@ def _is_wide(leaf):
     return not _is_quantized(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
+def _float_shape(leaf):
+    return jax.eval_shape(_as_float, leaf)
+
+
 def _as_float(leaf):
     """A leaf as a float, as only floats have gradients; counts below 2^24 are exact."""
     return leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(jnp.float32)
@@ -172,10 +179,13 @@ class Deferral(NamedTuple):
       calls: one for each weight, or for those that are used together.
       stacks: of each call, the axes that its weights have in the parameters before those that the
         call saw: one number for each axis that a scan cuts.
+      needed: of each call, which leaves of its input and of its output's gradient the weights'
+        gradients depend on.
     """
 
     calls: tuple[Call, ...]
     stacks: tuple[tuple[int, ...], ...]
+    needed: tuple[tuple[bool, ...], ...]
 
     @property
     def keys(self) -> tuple[int, ...]:
@@ -184,15 +194,14 @@ class Deferral(NamedTuple):
 
     def slots(self) -> tuple:
         """Zeros for what each call leaves."""
-
-        def of_call(call, stack):
-            kept = jax.eval_shape(lambda: (jax.tree.map(_as_float, zeros(call.x)), zeros(call.y)))
-            return jax.tree.map(lambda a: jnp.zeros((*stack, *a.shape), a.dtype), kept)
-
-        def zeros(tree):
-            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
-
-        return tuple(map(of_call, self.calls, self.stacks))
+        found = []
+        for call, stack, needed in zip(self.calls, self.stacks, self.needed, strict=True):
+            kept = jax.tree.leaves((jax.tree.map(_float_shape, call.x), call.y))
+            zeros = (jnp.zeros((*stack, *a.shape), a.dtype) for a in kept)
+            found.append(
+                tuple(a if wanted else None for a, wanted in zip(zeros, needed, strict=True))
+            )
+        return tuple(found)
 
     def defer(self, parameters: Sequence[jax.Array], slots: tuple) -> list:
         """The parameters, with those that wait as `Deferred`."""
@@ -205,18 +214,23 @@ class Deferral(NamedTuple):
     def weight_gradients(self, parameters: Sequence[jax.Array], slots: tuple) -> dict:
         """The gradients of the weights that waited, by key."""
         found = {}
-        for call, stack, (x, dy) in zip(self.calls, self.stacks, slots, strict=True):
+        for call, stack, kept in zip(self.calls, self.stacks, slots, strict=True):
             of_layer = functools.partial(_weight_gradient, call)
             for _ in stack:
                 of_layer = functools.partial(lax.map, of_layer)
             weights = [parameters[key] for key in call.keys]
-            found.update(zip(call.keys, of_layer((weights, x, dy)), strict=True))
+            found.update(zip(call.keys, of_layer((weights, kept)), strict=True))
         return found
 
 
 def _weight_gradient(call, arguments):
-    weights, x, dy = arguments
-    x = jax.tree.map(lambda kept, like: kept.astype(like.dtype), x, call.x)
+    """Of a call's weights; what was not kept is not needed, and may be anything."""
+    weights, kept = arguments
+    shapes, tree = jax.tree.flatten((call.x, call.y))
+    x, dy = tree.unflatten(
+        jnp.zeros(like.shape, like.dtype) if leaf is None else leaf.astype(like.dtype)
+        for leaf, like in zip(kept, shapes, strict=True)
+    )
     structure = jax.tree.structure(call.weights)
     _, vjp = jax.vjp(lambda *ws: call.f(x, structure.unflatten(ws)), *weights)
     return list(vjp(dy))
@@ -259,7 +273,16 @@ def find_calls(
             f"defer: a weight must be used in exactly one call of deferrable, but a stage uses "
             f"{', '.join(wrong)}"
         )
-    return Deferral(tuple(call for call, _ in counted), tuple(stacks))
+    calls = tuple(call for call, _ in counted)
+    return Deferral(calls, tuple(stacks), tuple(map(_needed, calls)))
+
+
+def _needed(call):
+    """Which leaves of a call's input and of its output's gradient its weights' gradients need."""
+    weights = jax.tree.leaves(call.weights)
+    kept = jax.tree.leaves((jax.tree.map(_float_shape, call.x), call.y))
+    jaxpr = jax.make_jaxpr(functools.partial(_weight_gradient, call))((weights, kept))
+    return used_inputs(jaxpr)[len(weights) :]
 
 
 def _stack(call, parameters):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from whalejax.kernels.grouped_gemm import fp8_grouped_linear
 from whalejax.kernels.quantization import quantize
 from whalejax.parallel.dualpipe import deferrable
 from whalejax.parallel.dualpipe.deferral import find_calls
@@ -226,3 +227,20 @@ def test_a_loop_that_is_traced_twice_is_one_call():
     deferral = find_calls(run, [normal(3, 16, 16)], ["w"], [0])
     assert len(traced) == 2
     assert (len(deferral.calls), deferral.stacks) == (1, ((3,),))
+
+
+def multiply_experts(rows, w):
+    x, group_sizes, carrier = rows
+    return fp8_grouped_linear(x, w, group_sizes, carrier=carrier)
+
+
+def test_what_a_weight_gradient_does_not_need_is_not_kept():
+    """A carrier of FP8 rows' gradients is as large as the rows, and of no use for the weights."""
+    x, w = normal(256, 32), normal(2, 16, 32)
+    rows = quantize(x), jnp.asarray([128, 128], jnp.int32), x
+    deferral = find_calls(
+        lambda leaves: deferrable(multiply_experts, rows, leaves[0]), [w], ["w"], [0]
+    )
+    kept = [None if slot is None else slot.shape for slot in deferral.slots()[0]]
+    # rows and their scales, group sizes, no carrier; the output's gradient
+    assert (256, 32) in kept and (2,) in kept and kept[-2:] == [None, (256, 16)]
