@@ -72,3 +72,8 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | Non
         shown = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise ValueError(f"{shown} is {math.prod(sizes)} devices, but there are {len(devices)}")
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """Devices that share a batch; those of other stages work on the same sequences."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

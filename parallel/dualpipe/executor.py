@@ -128,7 +128,7 @@ def first_state(table: Table, stage: Stage, data: Data) -> State:
         inputs=slots(table.input_slots, stage.x),
         gradients=slots(table.gradient_slots, stage.x),
         deferred=slots(table.deferred_slots, stage.slots),
-        sums=tuple(sums([c[key] for key in stage.functions.trained]) for c in data.chunks),
+        sums=tuple(sums(_trained(stage, chunk)) for chunk in data.chunks),
         end_sums=sums(data.ends),
         losses=jnp.zeros((microbatches,), stage.loss.dtype),
         aux=tuple(zeros_like(stage.aux) for _ in data.chunks),
@@ -172,7 +172,8 @@ def forward(
     inputs = _at(data.inputs, row.microbatch)
     x = lax.cond(is_first, lambda: stage.functions.enter(data.ends, inputs), lambda: received)
 
-    y, kept, aux = _if(busy, lambda: stage.forward(parameters, x))
+    shapes = stage.x, stage.kept, stage.aux
+    y, kept, aux = _if(busy, lambda: stage.forward(parameters, x), shapes)
     activations = _put(state.activations, row.slot, kept, busy)
 
     def close(end_sums):
@@ -181,8 +182,7 @@ def forward(
         return loss, loss_aux, dy, _added(end_sums, d_ends)
 
     def skip(end_sums):
-        shapes = jax.eval_shape(close, end_sums)
-        return *zeros_like(shapes[:3]), end_sums
+        return *zeros_like((stage.loss, stage.loss_aux, stage.x)), end_sums
 
     loss, loss_aux, dy, end_sums = lax.cond(is_last, close, skip, state.end_sums)
     losses = state.losses.at[jnp.maximum(row.microbatch, 0)].add(loss)
@@ -222,7 +222,8 @@ def backward(
             return input_alone()
         return lax.cond(row.deferred != NONE, input_alone, whole)
 
-    dx, gradients, slots = _if(busy, run)
+    shapes = stage.x, _trained(stage, parameters), stage.slots
+    dx, gradients, slots = _if(busy, run, shapes)
     deferred = state.deferred
     if part.deferred.some:
         deferred = _put(deferred, row.deferred, slots, row.deferred != NONE)
@@ -244,7 +245,8 @@ def weight(part: Part, row: Any, slots: Any, state: State, data: Data, stage: St
     chunk = _chunk(part.weight, row.chunk)
     parameters = _chunk_of(data.chunks, chunk)
     busy = _busy(part.weight, row.microbatch)
-    gradients = _if(busy, lambda: stage.weight_gradients(parameters, slots))
+    shapes = _trained(stage, parameters)
+    gradients = _if(busy, lambda: stage.weight_gradients(parameters, slots), shapes)
     return dataclasses.replace(state, sums=_add_to_chunk(state.sums, chunk, gradients))
 
 
@@ -266,11 +268,13 @@ def _chunk_of(chunks, chunk):
     return [pick(choices, chunk) for choices in zip(*chunks, strict=True)]
 
 
-def _if(busy, run: Callable) -> Any:
-    """`run()`, or zeros if this rank is not busy."""
-    if busy is True:
-        return run()
-    return lax.cond(busy, run, lambda: zeros_like(jax.eval_shape(run)))
+def _trained(stage, parameters):
+    return [parameters[key] for key in stage.functions.trained]
+
+
+def _if(busy, run: Callable, shapes) -> Any:
+    """`run()`, or zeros of these shapes if this rank is not busy."""
+    return run() if busy is True else lax.cond(busy, run, lambda: zeros_like(shapes))
 
 
 def _at(tree, index):

@@ -33,43 +33,32 @@ def plan_moves(stages: np.ndarray) -> tuple[tuple[Move, ...], ...]:
     Args:
       stages: `int[ranks, chunks]`, the stage that each chunk is.
     """
-    ranks, chunks = stages.shape
-    stored = (int(stages.max()) + 1) // ranks
+    stored = (int(stages.max()) + 1) // len(stages)
+    moves = [
+        Move(int(stage) // stored, int(stage) % stored, rank, chunk)
+        for (rank, chunk), stage in np.ndenumerate(stages)
+    ]
     rounds: list[list[Move]] = []
-    for chunk in range(chunks):
-        moves = [
-            Move(int(stages[rank, chunk]) // stored, int(stages[rank, chunk]) % stored, rank, chunk)
-            for rank in range(ranks)
-        ]
-        stays = [[move] for move in moves if move.source == move.destination]
-        rounds = [*stays, *rounds]
-        for move in moves:
-            if move.source != move.destination:
-                _into_first(rounds, move)
-    return tuple(map(tuple, _merged(rounds)))
+    for move in sorted(moves, key=_travels):
+        room = next((others for others in rounds if _has_room(others, move)), None)
+        if room is None:
+            rounds.append(room := [])
+        room.append(move)
+    return tuple(map(tuple, rounds))
 
 
-def _into_first(rounds, move):
-    """Adds a move to the first round of transfers that has room for it."""
-    for others in rounds:
-        transfers = all(other.source != other.destination for other in others)
-        free = all(
-            other.source != move.source and other.destination != move.destination
-            for other in others
-        )
-        if transfers and free:
-            others.append(move)
-            return
-    rounds.append([move])
+def _travels(move):
+    return move.source != move.destination
 
 
-def _merged(rounds):
-    """Rounds, with the moves that are no transfers joined while each rank has but one."""
-    stays: list[list[Move]] = []
-    for move, *_ in (r for r in rounds if r[0].source == r[0].destination):
-        room = next((r for r in stays if all(other.source != move.source for other in r)), None)
-        room.append(move) if room else stays.append([move])
-    return [*stays, *(r for r in rounds if r[0].source != r[0].destination)]
+def _has_room(others, move):
+    """Whether a round is of the same kind, and none of its moves has the same source or goal."""
+    return all(
+        _travels(other) == _travels(move)
+        and other.source != move.source
+        and other.destination != move.destination
+        for other in others
+    )
 
 
 def to_chunks(
@@ -131,7 +120,7 @@ def _tables(moves, ranks):
 
 
 def _permute(arrays, moves, axis):
-    if all(move.source == move.destination for move in moves):
+    if not any(map(_travels, moves)):
         return arrays
     pairs = [(move.source, move.destination) for move in moves]
     return [lax.ppermute(array, axis, pairs) for array in arrays]

@@ -161,20 +161,25 @@ def _lanes(sends: Sequence[Send], ticks: range, shape: tuple[int, int]) -> tuple
         if send.tick in ticks:
             shift = (send.destination - send.source) % shape[1]
             by_shift.setdefault(shift, set()).add((send.source, send.destination))
+    stays = by_shift.pop(0, None)  # what stays on its rank need not wait for what travels
     ways: list[set] = []
-    for shift in sorted(by_shift, key=lambda shift: (shift == 0, shift)):
-        pairs = by_shift[shift]
-        apart = shift and next((w for w in ways if _disjoint(w, pairs)), None)
-        ways[ways.index(apart)].update(pairs) if apart else ways.append(set(pairs))
-    lanes = []
-    for way in ways:
-        slots = np.full(shape, NONE, np.int32)
-        for send in sends:
-            if send.tick in ticks and (send.source, send.destination) in way:
-                slots[send.tick, send.destination] = send.slot
-        stays = all(source == destination for source, destination in way)
-        lanes.append(Lane(None if stays else tuple(sorted(way)), slots))
-    return tuple(lanes)
+    for pairs in by_shift.values():
+        way = next((w for w in ways if _disjoint(w, pairs)), None)
+        if way is None:
+            ways.append(way := set())
+        way |= pairs
+    found = [_lane(sends, ticks, shape, way) for way in ways]
+    if stays:
+        found.append(_lane(sends, ticks, shape, stays)._replace(permutation=None))
+    return tuple(found)
+
+
+def _lane(sends, ticks, shape, way):
+    slots = np.full(shape, NONE, np.int32)
+    for send in sends:
+        if send.tick in ticks and (send.source, send.destination) in way:
+            slots[send.tick, send.destination] = send.slot
+    return Lane(tuple(sorted(way)), slots)
 
 
 def _disjoint(first, second):

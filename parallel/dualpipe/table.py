@@ -11,13 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from whalejax.parallel.dualpipe.schedule import (
-    BACKWARD,
-    FORWARD,
-    INPUT,
-    WEIGHT,
-    Schedule,
-)
+from whalejax.parallel.dualpipe.ordering import in_order, needs, outcome
+from whalejax.parallel.dualpipe.schedule import FORWARD, INPUT, WEIGHT, Schedule
 
 NONE = -1  # no operation, or no slot
 
@@ -159,48 +154,23 @@ def tabulate(schedule: Schedule) -> Table:
 
 
 def places(schedule: Schedule) -> tuple[Places, Places, Places]:
-    """Where the forward, backward and deferred weight passes run."""
-    found = {FORWARD: {}, BACKWARD: {}, WEIGHT: {}}
-    last = schedule.num_stages - 1
-    waiting = [list(reversed(steps)) for steps in schedule.steps]
-    tick = 0
-    while any(waiting):
-        taken = []
-        for rank, steps in enumerate(waiting):
-            if not steps:
-                continue
-            keys = [_key(schedule, rank, op) for op in steps[-1]]
-            needs = [
-                need
-                for op, key in zip(steps[-1], keys, strict=True)
-                for need in _needs(op, key, last)
-            ]
-            if all(key in found[kind] for kind, key in needs):
-                taken.append((rank, steps.pop(), keys))
-        if not taken:
-            heads = [", ".join(map(str, steps[-1])) for steps in waiting if steps]
-            raise ValueError(f"{schedule.name}: all ranks wait for each other, at {heads}")
-        for rank, step, keys in taken:
-            for op, key in zip(step, keys, strict=True):
-                kind = BACKWARD if op.kind == INPUT else op.kind
-                found[kind][key] = Place(tick, rank, op.chunk)
-        tick += 1
-    return found[FORWARD], found[BACKWARD], found[WEIGHT]
+    """Where the forward, backward and deferred weight passes run, each as early as it can.
 
-
-def _key(schedule, rank, op):
-    """Microbatch and stage."""
-    return op.microbatch, schedule.stage_of(rank, op.chunk, schedule.route_of[op.microbatch])
-
-
-def _needs(op, key, last):
-    """Passes that must have run in earlier ticks."""
-    m, s = key
-    if op.kind == FORWARD:
-        return [(FORWARD, (m, s - 1))] if s else []
-    if op.kind == WEIGHT:
-        return [(BACKWARD, key)]
-    return [(FORWARD, key), *([(BACKWARD, (m, s + 1))] if s < last else [])]
+    Raises:
+      ValueError: ranks wait for each other; prints what each of them waits for.
+    """
+    found: dict[str, Places] = {FORWARD: {}, INPUT: {}, WEIGHT: {}}
+    free = [0] * schedule.num_ranks  # the first tick in which a rank has not taken a step yet
+    for rank, index in in_order(schedule):
+        step = schedule.steps[rank][index]
+        needed = (event for op in step for event in needs(schedule, rank, op))
+        inputs = (found[kind][m, stage].tick + 1 for kind, m, stage in needed)
+        tick = max(free[rank], *inputs, 0)
+        for op in step:
+            kind, m, stage = outcome(schedule, rank, op)
+            found[kind][m, stage] = Place(tick, rank, op.chunk)
+        free[rank] = tick + 1
+    return found[FORWARD], found[INPUT], found[WEIGHT]
 
 
 def allocate(keys: Iterable, written: Places, read: Places) -> tuple[dict, int]:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from whalejax.bench import report
-from whalejax.bench.expert import DEEPEP, LINK_GBS, NETWORK_GBS, Sizes, limited_choices
+from whalejax.bench.expert import LINK_GBS, NETWORK_GBS, Sizes, limited_choices
 from whalejax.bench.report import Bench, ours
 from whalejax.model.config import ModelConfig
 from whalejax.model.decoder import Decoder, Execution
@@ -34,7 +34,6 @@ from whalejax.training.pipeline import can_wait
 LENGTH, LAYERS, RANKS, EXPERT_RANKS = 4096, 4, 16, 64
 MICROBATCHES, CHUNKS = (32, 64, 128), (2, 4)
 LOCAL_EXPERTS = 4  # of 256 on 64 ranks
-PARTS = ("forward", "backward", "input", "weight", "overlapped")
 
 
 def one_layer(model: ModelConfig, experts: int) -> ModelConfig:
@@ -71,7 +70,7 @@ def draw_stage(
 
 
 def time_parts(bench: Bench, precision: str, model: ModelConfig, length: int) -> dict[str, float]:
-    """Microseconds of each of `PARTS`, for one layer."""
+    """Microseconds of one layer: forward, backward, its halves input and weight, overlapped."""
     stage, leaves, x = draw_stage(model, Execution(precision=PRECISIONS[precision]), length)
     dy = x._replace(hidden=jax.random.normal(jax.random.key(2), x.hidden.shape, x.hidden.dtype))
     _, kept, _ = jax.jit(stage.forward)(leaves, x)
@@ -167,17 +166,16 @@ def main(args: Sequence[str] | None = None) -> None:
     """Times and predicts."""
     args = sys.argv[1:] if args is None else args
     bench = Bench("pipeline", report.parser("pipeline", __doc__).parse_args(args), args)
-    on_gpu = jax.default_backend() == "gpu"
-    model, length = (one_layer(preset("v3"), 8), LENGTH) if on_gpu else (preset("tiny"), 64)
-    if not on_gpu:
-        model = one_layer(model, 4)
+    if jax.default_backend() == "gpu":
+        model, length = one_layer(preset("v3"), 8), LENGTH
+    else:
+        model, length = one_layer(preset("tiny"), 4), 64
     bench.ceilings()
     found = {
         precision: time_parts(bench, precision, model, length) for precision in ("bf16", "fp8")
     }
     bench.table()
-    published = DEEPEP[-1]
-    print(f"milliseconds of a step, PP {RANKS} x EP {published.ranks}, {LAYERS} layers a stage")
+    print(f"milliseconds of a step, PP {RANKS} x EP {EXPERT_RANKS}, {LAYERS} layers a stage")
     for precision, parts in found.items():
         transfers = transfers_us(precision == "fp8")
         times = stage_times(parts, transfers)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from whalejax.parallel.mesh import BATCH_AXES, EXPERT, FSDP, STAGE
+from whalejax.parallel.mesh import BATCH_AXES, EXPERT, FSDP, STAGE, batch_devices
 
 # first match wins; specs count from the last axis, so that stacked layers need no rule of their own
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -53,7 +53,7 @@ def stage_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
 
     Args:
       path: as of `partition_spec`.
-      shape: `[slots, ...]`, of the stage's layers.
+      shape: of the parameter in one stage.
       mesh: its `fsdp` and `expert` axes count.
     """
     return _fitting(_rule(path, len(shape)), shape, mesh)
@@ -119,8 +119,7 @@ def on_own_batch(f: Callable, mesh: Mesh | None, weights: Any = PartitionSpec())
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if mesh is None or mesh.size == 1 or set(BATCH_AXES) <= set(manual):
         return f
-    batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    batch, whole, parts = PartitionSpec(BATCH_AXES), PartitionSpec(), batch_devices(mesh)
 
     def varying(spec, p):
         return jax.lax.pcast(p, tuple(a for a in BATCH_AXES if a not in spec), to="varying")

@@ -7,11 +7,11 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from whalejax.model.config import ModelConfig
-from whalejax.parallel.mesh import EXPERT, MeshConfig
+from whalejax.parallel.mesh import EXPERT, MeshConfig, batch_devices
 from whalejax.training.experts import EPLBConfig
 from whalejax.training.loss import LossConfig
 from whalejax.training.optimizer import OptimizerConfig
-from whalejax.training.pipeline import PipelineConfig, batch_devices, check_pipeline
+from whalejax.training.pipeline import PipelineConfig, check_pipeline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Training through a pipeline: its settings, what cannot run, and the gradient of a batch."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,7 @@ from whalejax.model.pipelined import (
 )
 from whalejax.model.sharding import partition_spec, path_name, stage_spec
 from whalejax.parallel import dualpipe
-from whalejax.parallel.mesh import BATCH_AXES, FSDP, STAGE
+from whalejax.parallel.mesh import BATCH_AXES, FSDP, STAGE, batch_devices
 from whalejax.training.loss import LossConfig, Losses, loss_behind
 
 
@@ -89,11 +88,6 @@ def check_pipeline(
             f"{sequences} sequences must be a multiple of microbatches={count} times the {devices} "
             f"devices that share one"
         )
-
-
-def batch_devices(mesh: Mesh) -> int:
-    """Devices that share a batch; those of other stages work on the same sequences."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def pipelined_gradient(
