@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from whalejax.storage.checksums import Running, pieces
+from whalejax.storage.checksums import PIECE, Digest, Running, pieces
 
 # of a file system that has nothing to do for a folder's fsync, or does not know it
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
@@ -64,6 +64,19 @@ class Files:
                         running.update(piece)
                     _drain(file, piece)
             os.fsync(file)
+
+    def holds(self, name: str, nbytes: int, digest: Digest) -> bool:
+        """As `Place.holds`."""
+        if self.size(name) != nbytes:
+            return False
+        running, scratch = Running(), memoryview(bytearray(min(PIECE, nbytes)))
+        with _opened(self.root / name, os.O_RDWR) as file:
+            for start in range(0, nbytes, PIECE):
+                piece = scratch[: nbytes - start]
+                _fill(file, piece, self.root / name)
+                running.update(piece)
+            os.fsync(file)
+        return running.digest() == digest
 
     def get(self, name: str) -> bytes:
         """As `Place.get`."""

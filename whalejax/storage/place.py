@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from whalejax.storage.checksums import Running
+from whalejax.storage.checksums import Digest, Running
 
 
 class Place(Protocol):
@@ -44,6 +44,9 @@ class Place(Protocol):
 
         What had this name before is replaced, and not at once: for files that a later commit names.
         """
+
+    def holds(self, name: str, nbytes: int, digest: Digest) -> bool:
+        """Whether a file has this many bytes and these checksums; if so, it is durable now."""
 
     def get(self, name: str) -> bytes:
         """A small file.
