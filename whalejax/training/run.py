@@ -145,7 +145,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     on_first(record, config, ready)
     stop = config.steps if config.stop_at is None else min(config.stop_at, config.steps)
     balancer = Balancer(ready.model, ready.step, ready.mesh)
-    with balancer, Checkpoints(config.out / "checkpoints") as checkpoints:
+    with balancer, Checkpoints(config.out, ready.model) as checkpoints:
         state, start = first_state(config, ready, checkpoints)
         state = balancer.start(state)
         metrics = MetricsFile(config.out / "metrics.jsonl", resume_step=start, writes=is_first())
