@@ -47,8 +47,8 @@ def make_plan(
     """Plans to save a tree.
 
     Args:
-      tree: of `jax.Array`s, NumPy arrays (in several processes: equal in all of them), numbers,
-        strings.
+      tree: of `jax.Array`s, NumPy arrays, numbers, strings. In a job of several processes what
+        does not span them, such as NumPy arrays, is equal in all.
       num_processes: of the job; None for JAX's own.
       extent_bytes: about how large extents shall be.
 
@@ -112,8 +112,8 @@ def _holders(
 ) -> dict[Extent, tuple[int, ...]]:
     """The processes that hold each extent of an array."""
     indices = list(layout.indices())
-    if not isinstance(array, jax.Array):
-        everyone = tuple(range(num_processes))
+    if not isinstance(array, jax.Array) or (num_processes > 1 and array.is_fully_addressable):
+        everyone = tuple(range(num_processes))  # each has one of its own, and they are equal
         return {Extent(name, index): everyone for index in indices}
     of_shard: dict[tuple[int, ...], set[int]] = {}
     for device, index in array.sharding.devices_indices_map(array.shape).items():

@@ -51,6 +51,7 @@ def save(
       MissingProcessError: another process ended, or gave no sign of life.
       OSError: this process, or another one, could not write: there is no such checkpoint, and those
         before it are as they were.
+      ValueError: the processes do not agree on what is to be saved.
     """
     with meeting.attended():
         if meeting.process:
@@ -88,6 +89,11 @@ def _written_by_all(
         for process in others:
             digests |= read_part(target, process)
             target.place.remove(target.file(part_file(process)))
+        if missing := [str(extent) for extent in plan.writers if extent not in digests]:
+            raise ValueError(
+                f"{meeting.title} failed: no process wrote {len(missing)} extents, such as "
+                f"{missing[0]}: the tree must be equal in all processes, its shardings too"
+            )
         return digests
     except MissingProcessError:  # what was written can be kept when the job comes here again
         raise
