@@ -10,6 +10,8 @@ from whalejax.generation.engine import NewToken
 from whalejax.generation.run import GenerateConfig, generate, pieces, read_prompt
 from whalejax.model.decoder import Decoder
 from whalejax.tokenizer import ByteTokenizer
+from whalejax.training.checkpoints import Checkpoints
+from whalejax.training.step import StepConfig, state_of
 from whalejax.weights import save_pretrained
 
 
@@ -52,6 +54,15 @@ def test_writes_the_prompt_and_what_the_engine_gives(folder, monkeypatch, capsys
     assert len(given) == 9 or given[-1].finish_reason == "stop"
     text = ByteTokenizer().decode([s.token for s in given if s.finish_reason != "stop"])
     assert capsys.readouterr().out == f"def f{text}\n"
+
+
+def test_a_run_writes_what_its_export_does(v3_model, folder, tmp_path, capsys):
+    with Checkpoints(tmp_path, v3_model.config) as checkpoints:
+        checkpoints.save(3, state_of(v3_model, StepConfig(steps=10)))
+    for path in (folder, tmp_path):
+        generate(GenerateConfig(model=path, prompt="def f", max_new_tokens=9, temperature=0))
+    first, second = capsys.readouterr().out.rstrip("\n").split("\ndef f")
+    assert first == f"def f{second}"
 
 
 def test_the_prompt_comes_from_a_file(tmp_path):

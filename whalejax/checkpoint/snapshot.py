@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from whalejax.checkpoint.layout import ArrayLayout, within
 from whalejax.checkpoint.planning import (
@@ -60,54 +61,60 @@ class Snapshot:
 
 
 def take_snapshot(plan: Plan, process: int, arena: Arena | None) -> Snapshot:
-    """The extents that a process writes.
+    """The extents that a process writes; once it returns, the arrays may be donated.
+
+    From a GPU shards go to pinned memory, of which JAX keeps what it once had: 55 GB/s from an
+    H100, where pageable memory takes them at 2.
 
     Args:
       plan: what to save.
       process: which of the job's.
-      arena: where they are copied to, so that the arrays may be donated; None to leave on the host
-        what is there already: the arrays must then live, unchanged, as long as the snapshot.
+      arena: where to copy what is on the host; None to leave it there: those arrays must then live,
+        unchanged, as long as the snapshot.
     """
-    extents, views = plan.extents_of(process), _Views(plan)
-    for name in dict.fromkeys(extent.array for extent in extents):
-        views.begin(name)
-    sources = {extent: views.of(extent) for extent in extents}
+    extents = plan.extents_of(process)
+    names = dict.fromkeys(extent.array for extent in extents)
+    shards = {name: _on_host(plan.leaves.arrays[name]) for name in names}  # all under way at once
+    sources = {extent: _bytes_of(plan, extent, shards[extent.array]) for extent in extents}
     nbytes = sum(source.nbytes for source in sources.values())
     if arena is not None:
-        sources = _copied(sources, arena)
+        shared = [e for e in extents if _is_shared(plan.leaves.arrays[e.array])]
+        sources |= _copied({extent: sources[extent] for extent in shared}, arena)
     whole = {
         extent: _filled_up(source, plan.layouts[extent.array]) for extent, source in sources.items()
     }
     return Snapshot(whole, nbytes)
 
 
-class _Views:
-    """The bytes of extents where they lie on the host; of other devices, once they were moved."""
+def _on_host(array: Any) -> dict[tuple[int, ...], Any]:
+    """An array's shards by their corners; begins to move those that are not on the host."""
+    if not isinstance(array, jax.Array):
+        return {(0,) * len(array.shape): array}
+    shards = {corner(shard.index): shard.data for shard in array.addressable_shards}
+    if _is_shared(array):
+        return shards
+    return {begin: jax.device_put(data, _pinned(data)) for begin, data in shards.items()}
 
-    def __init__(self, plan: Plan):
-        self._plan = plan
-        self._shards: dict[str, dict[tuple[int, ...], Any]] = {}
 
-    def begin(self, name: str) -> None:
-        """Begins to move an array's shards to the host, those of several devices at once."""
-        array = self._plan.leaves.arrays[name]
-        if not isinstance(array, jax.Array):
-            self._shards[name] = {(0,) * len(array.shape): array}
-            return
-        shards = {corner(shard.index): shard.data for shard in array.addressable_shards}
-        for data in shards.values():
-            data.copy_to_host_async()
-        self._shards[name] = shards
+def _pinned(data: jax.Array) -> jax.sharding.Sharding:
+    """Memory of the host that a device's data goes to fastest."""
+    (device,) = data.devices()
+    return SingleDeviceSharding(device, memory_kind="pinned_host")
 
-    def of(self, extent: Extent) -> np.ndarray:
-        """`u8[n]`, n being the bytes of an extent without those that fill it up."""
-        layout, shards = self._plan.layouts[extent.array], self._shards[extent.array]
-        shape = shard_shape(self._plan.leaves.arrays[extent.array])
-        begin = shard_corner(layout, shape, extent.index)
-        outer = tuple((b, b + size) for b, size in zip(begin, shape, strict=True))
-        host = np.asarray(shards[begin])[within(layout.box(extent.index), outer)]
-        host = np.ascontiguousarray(host, layout.dtype)
-        return host.reshape(-1).view(np.uint8)
+
+def _is_shared(array: Any) -> bool:
+    """Whether the snapshot would see what the array's memory is used for next."""
+    return not isinstance(array, jax.Array) or next(iter(array.devices())).platform == "cpu"
+
+
+def _bytes_of(plan: Plan, extent: Extent, shards: dict[tuple[int, ...], Any]) -> np.ndarray:
+    """`u8[n]`, n being the bytes of an extent without those that fill it up."""
+    layout = plan.layouts[extent.array]
+    shape = shard_shape(plan.leaves.arrays[extent.array])
+    begin = shard_corner(layout, shape, extent.index)
+    outer = tuple((b, b + size) for b, size in zip(begin, shape, strict=True))
+    host = np.asarray(shards[begin])[within(layout.box(extent.index), outer)]
+    return np.ascontiguousarray(host, layout.dtype).reshape(-1).view(np.uint8)
 
 
 def _copied(sources: dict[Extent, np.ndarray], arena: Arena) -> dict[Extent, np.ndarray]:

@@ -11,15 +11,16 @@ from whalejax.generation.engine import Engine, NewToken
 from whalejax.generation.sampling import SamplingConfig
 from whalejax.model.linear import PRECISIONS, Precision
 from whalejax.tokenizer import ByteTokenizer, Tokenizer, load
+from whalejax.training.checkpoints import is_run, load_model, read_model_config
 from whalejax.weights import check_pretrained, from_pretrained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Generation from a Hugging Face directory.
+    """Generation from a training run or a Hugging Face directory.
 
     Attributes:
-      model: the directory, such as a run's `model/`.
+      model: a run's folder, whose newest checkpoint is taken, or a Hugging Face directory.
       prompt: text to continue, or the question with `chat`.
       prompt_file: a file that holds the prompt instead.
       chat: put the prompt into the tokenizer's chat template.
@@ -31,7 +32,7 @@ class GenerateConfig:
         not, as they are stored; None for all as stored.
     """
 
-    model: Path = Path("runs/demo/model")
+    model: Path = Path("runs/demo")
     prompt: str = ""
     prompt_file: Path | None = None
     chat: bool = False
@@ -59,7 +60,9 @@ def generate(config: GenerateConfig) -> None:
     if not config.model.is_dir():
         raise FileNotFoundError(f"{config.model} is not a directory with a model")
     tokenizer = load(config.model)
-    vocab_size = check_pretrained(config.model).vocab_size
+    from_run = is_run(config.model)
+    check = read_model_config if from_run else check_pretrained
+    vocab_size = check(config.model).vocab_size
     if tokenizer.vocab_size > vocab_size or (
         isinstance(tokenizer, ByteTokenizer) and tokenizer.vocab_size != vocab_size
     ):
@@ -71,7 +74,8 @@ def generate(config: GenerateConfig) -> None:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
     tokens = tokenizer.encode(prompt)
     precision = PRECISIONS.get(config.precision, Precision())
-    model = from_pretrained(config.model, dtype=None if precision.fp8 else precision.dtype)
+    load_weights = load_model if from_run else from_pretrained
+    model = load_weights(config.model, dtype=None if precision.fp8 else precision.dtype)
     length = len(tokens) + config.max_new_tokens
     cache = CacheConfig(num_slots=1, max_length=length)
     engine = Engine(model, cache, precision=precision)

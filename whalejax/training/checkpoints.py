@@ -3,12 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+from flax import nnx
+
 from whalejax.checkpoint import CheckpointStore
+from whalejax.kernels.accumulation import accumulator
 from whalejax.model.config import ModelConfig
+from whalejax.model.decoder import Decoder
+from whalejax.model.parameters import RouterBias
 from whalejax.parallel.runtime import is_first
 from whalejax.progress import stage
 from whalejax.training.step import TrainState
-from whalejax.weights.config_json import write_config
+from whalejax.weights.config_json import parse_config, write_config
 
 KEPT = 2  # newest checkpoints of a run
 FOLDER = "checkpoints"  # of them, in the run's
@@ -45,12 +51,20 @@ class Checkpoints:
         A step that is there already is not saved again.
         """
         try:
-            self._store.wait()
+            self.wait()
         except OSError as error:
             if is_first():
                 stage(f"{error}; training goes on")
         if step != self._store.latest():
             self._store.save(step, state, metadata=self._metadata)
+
+    def wait(self) -> None:
+        """Waits for the save that is under way.
+
+        Raises:
+          OSError: it failed.
+        """
+        self._store.wait()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Restores `step` into the shapes, dtypes and shardings of `abstract`.
@@ -59,3 +73,51 @@ class Checkpoints:
           DamagedError: something of it is not as it was written.
         """
         return self._store.restore(step, abstract)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a training run."""
+    return (path / FOLDER).is_dir()
+
+
+def read_model_config(run: Path) -> ModelConfig:
+    """The sizes of the model that a run trains.
+
+    Raises:
+      FileNotFoundError: it has no complete checkpoint.
+    """
+    return _newest(run)[2]
+
+
+def load_model(run: Path, dtype: Any = None) -> Decoder:
+    """The model of a run's newest checkpoint; nothing else of it is read.
+
+    Args:
+      run: the run's folder.
+      dtype: of the parameters; None as they are stored.
+
+    Raises:
+      FileNotFoundError: it has no complete checkpoint.
+      DamagedError: something of the model is not as it was written.
+    """
+    store, step, config = _newest(run)
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    graphdef, params, router_bias = nnx.split(abstract, nnx.Param, RouterBias)
+    stored = store.manifest(step).arrays
+    like = {"params": params, "router_bias": router_bias}
+    target = jax.dtypes.canonicalize_dtype(dtype or stored["params/norm/value"].layout.dtype)
+
+    def wanted(path, leaf):  # a bfloat16 bias would not be the one that was trained
+        kept = path[0].key == "router_bias"
+        return jax.ShapeDtypeStruct(leaf.shape, accumulator(target) if kept else target)
+
+    found = store.restore(step, jax.tree_util.tree_map_with_path(wanted, like))
+    return nnx.merge(graphdef, found["params"], found["router_bias"])
+
+
+def _newest(run: Path) -> tuple[CheckpointStore, int, ModelConfig]:
+    store = CheckpointStore(run / FOLDER)
+    step = store.latest()
+    if step is None:
+        raise FileNotFoundError(f"{run / FOLDER} holds no complete checkpoint")
+    return store, step, parse_config(store.manifest(step).metadata["config"])

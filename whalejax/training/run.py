@@ -214,6 +214,7 @@ def record(config: TrainConfig, ready: Prepared) -> None:
     for name in ("train", "heldout"):
         names = getattr(ready.corpus, f"{name}_names")
         (config.out / f"{name}.txt").write_text("".join(f"{n}\n" for n in names))
+    ready.tokenizer.save(config.out)  # for who generates from a checkpoint
     temporary = path.with_suffix(".tmp")  # last and at once: a kill leaves all of it or nothing
     temporary.write_text(json.dumps(settings, indent=1) + "\n")
     os.replace(temporary, path)
