@@ -32,7 +32,7 @@ class Files:
         self.root = Path(root).absolute()
         self.kind = kind
         self.url = str(self.root)
-        self.workers = max(4, min(32, 2 * (os.cpu_count() or 1)))
+        self.workers = max(4, min(16, os.cpu_count() or 1))
 
     def size(self, name: str) -> int | None:
         """As `Place.size`."""
