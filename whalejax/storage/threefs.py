@@ -237,13 +237,10 @@ def _give_away(folder: Path, path: Path, patience: float) -> None:
         os.rename(path, taken)
     except OSError as error:
         if listed(path):
-            why = (
-                " (3FS deletes a tree only for its owner, who may read, write and enter all of it)"
-            )
-            hint = why if isinstance(error, PermissionError) else ""
+            hint = OWNERS_ONLY if isinstance(error, PermissionError) else ""
             raise type(error)(error.errno, f"{error.strerror}{hint}", str(path)) from error
     deadline = time.monotonic() + patience
-    while listed(path) or listed(taken):
+    while listed(taken):
         if time.monotonic() > deadline:
             why = f"still there after {patience} s: no 3FS client empties {folder}"
             raise TimeoutError(errno.ETIMEDOUT, why, str(taken))
