@@ -8,6 +8,7 @@ file driver, which reads into memory of its own first (measured by `whalejax ben
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,12 +84,13 @@ class Files:
 
     def get(self, name: str) -> bytes:
         """As `Place.get`."""
-        return (self.root / name).read_bytes()
+        with _opened(self.root / name, os.O_RDONLY) as file:
+            return b"".join(iter(lambda: os.read(file, PIECE), b""))
 
     def put(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
         """As `Place.put`: written beside its place, synchronised, renamed."""
         path = self.root / name
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # hosts share process ids
         try:
             self.write(str(beside.relative_to(self.root)), [memoryview(data)])
             if exclusive:
