@@ -1,11 +1,11 @@
-"""Eight CPU devices, and implicit promotions as errors, for every test; a failing file system."""
+"""Eight CPU devices, promotions as errors, for every test; a failing disk, and a mount like 3FS."""
 
 import errno
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -80,3 +80,16 @@ def run_failing(failing_disk) -> Callable[..., subprocess.CompletedProcess]:
         )
 
     return run
+
+
+@pytest.fixture
+def threefs_mount(tmp_path) -> Iterator[Path]:
+    """The root of a FUSE mount that looks like 3FS to the kernel: see `threefs_daemon.py`."""
+    root = tmp_path / "hf3fs"
+    root.mkdir()
+    command = [sys.executable, Path(__file__).with_name("threefs_daemon.py"), root]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as daemon:
+        if (said := daemon.stdout.readline().strip()) != "mounted":
+            pytest.skip(f"no FUSE file system can be mounted here: {said}")
+        yield root
+        subprocess.run(["umount", "--lazy", root], check=True)
