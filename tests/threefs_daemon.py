@@ -233,6 +233,7 @@ if __name__ == "__main__":
     try:
         DEVICE = mount(sys.argv[1])
     except OSError as reason:
-        sys.exit(print(reason))
+        print(reason)
+        sys.exit(1)
     print("mounted", flush=True)
     serve(DEVICE)

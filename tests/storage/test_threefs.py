@@ -171,6 +171,12 @@ def test_open_refuses_3fs_where_there_is_none(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_name_may_begin_like_the_scheme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = storage.open("3fs:notes")
+    assert (place.kind, place.url) == ("disk", f"{tmp_path}/3fs:notes")
+
+
 def mounted_type(path):
     return holding(path, mount_points()).fstype
 

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from whalejax.storage.mounts import TABLE, MountPoint, holding, listed, mount_points
 
-SCHEME = "3fs:"
+SCHEME = "3fs:/"  # of any number of slashes: pathlib leaves but one of three
 FSTYPE = "fuse.hf3fs"
 VIRTUAL = "3fs-virt"
 VIRTUAL_FOLDERS = ("rm-rf", "iovs", "get-conf", "set-conf")
