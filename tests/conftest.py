@@ -1,6 +1,14 @@
-"""Eight CPU devices, and implicit promotions as errors, for every test."""
+"""Eight CPU devices, promotions as errors, for every test; a failing disk, and a mount like 3FS."""
 
+import errno
 import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # threads of XLA's pool: the interpreter of GPU kernels needs one for each warpgroup at a time
@@ -11,3 +19,77 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+CALLS = ("write", "read", "sync", "rename", "link")
+
+
+@pytest.fixture(scope="session")
+def failing_disk(tmp_path_factory) -> Path:
+    """The library of `failing.c`, which makes calls below a folder fail when it is preloaded."""
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip(f"a failing file system needs Linux and a C compiler, not {sys.platform}")
+    library = tmp_path_factory.mktemp("failing") / "failing.so"
+    source = Path(__file__).with_name("failing.c")
+    command = [compiler, "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"]
+    subprocess.run(command, check=True)
+    return library
+
+
+@pytest.fixture(scope="session")
+def run_failing(failing_disk) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs Python code in a process of its own, whose calls below a folder fail.
+
+    `run_failing(code, *arguments, below=folder, call="write", error=errno.ENOSPC, after=5_000_000)`
+    fills a disk after 5 MB; `call="sync", at=3, times=1` fails the third fsync and no other;
+    `call="rename", late=True` renames and reports an error all the same. Calls of all threads
+    count together, each process counts for itself. For a whole checkpoint let the code train or
+    save, `below` its folder, catch what it should catch, and print what the test must know; then
+    restore in the test, where nothing fails. TensorStore's writes are seen too, except through
+    mmap. See `failing.c`.
+
+    Returns:
+      The finished process with its outputs as text; whatever its exit code.
+    """
+
+    def run(
+        code: str,
+        *arguments: object,
+        below: Path,
+        call: str,
+        error: int = errno.EIO,
+        at: int = 1,
+        after: int | None = None,
+        times: int | None = None,
+        late: bool = False,
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess:
+        if call not in CALLS or not below.is_dir():
+            raise ValueError(f"call={call!r} must be one of {CALLS}, and {below} a folder")
+        told = {"CALL": call, "BELOW": below, "ERRNO": error, "AT": at, "LATE": int(late)}
+        told |= {"AFTER": after} if after is not None else {}
+        told |= {"TIMES": times} if times is not None else {}
+        environment = os.environ | {f"FAILING_{name}": str(value) for name, value in told.items()}
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env=environment | {"LD_PRELOAD": str(failing_disk)},
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture
+def threefs_mount(tmp_path) -> Iterator[Path]:
+    """The root of a FUSE mount that looks like 3FS to the kernel: see `threefs_daemon.py`."""
+    root = tmp_path / "hf3fs"
+    root.mkdir()
+    command = [sys.executable, Path(__file__).with_name("threefs_daemon.py"), root]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as daemon:
+        if (said := daemon.stdout.readline().strip()) != "mounted":
+            pytest.skip(f"no FUSE file system can be mounted here: {said}")
+        yield root
+        subprocess.run(["umount", "--lazy", root], check=True)

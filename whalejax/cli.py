@@ -71,15 +71,15 @@ def bench_command(args: Sequence[str]) -> None:
 
 
 def info_command(args: Sequence[str]) -> None:
-    """Show versions, devices, and which kernel backends can run here."""
+    """Show versions, devices, storage, and which kernel backends can run here."""
     from whalejax.info import info
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Info:
         __doc__ = info_command.__doc__
+        path: str = "."  # whose storage to describe: a path or a URL
 
-    parse(Info, "info", args)
-    info()
+    info(parse(Info, "info", args).path)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

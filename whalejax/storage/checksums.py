@@ -10,6 +10,9 @@ from typing import NamedTuple
 import crc32c
 import xxhash
 
+from whalejax.storage.polynomials import ORDER, logarithm, power, product
+
+LOCATABLE = ORDER // 8  # bytes, one less than 256 MiB: beyond, two positions have one checksum
 # Bytes that are still in a core's cache when they are used the next time; with smaller ones threads
 # wait for the GIL: 16 of them read 21 GB/s in pieces of 2 MiB, 15 of 1 MiB, 7 of 512 KiB.
 PIECE = 2**20
@@ -67,3 +70,28 @@ def digest(*buffers: memoryview | bytes) -> Digest:
         for piece in pieces(memoryview(buffer).cast("B")):
             running.update(piece)
     return running.digest()
+
+
+def flipped_bit(stored: int, computed: int, size: int) -> int | None:
+    """The only bit by which damaged bytes can differ from those that were stored.
+
+    A CRC is linear: whatever the bytes are, a flipped bit changes it by `x**(32 + k) mod P`, k bits
+    before the end. A worse fault looks like a flipped bit too with a chance of `8 * size / 2**32`
+    (6 % of 32 MiB), so what is mended so needs another checksum to prove it.
+
+    Args:
+      stored: the CRC32C of the bytes as they were.
+      computed: the CRC32C of the bytes as they are.
+      size: how many bytes they are, 2**28 - 1 at most.
+
+    Returns:
+      `8 * byte + bit`, bit 0 the lowest of its byte; None if no single bit explains the difference,
+      or there is none.
+
+    Raises:
+      ValueError: `size` is negative, or so large that positions cannot be told apart.
+    """
+    if not 0 <= size <= LOCATABLE:
+        raise ValueError(f"size={size} must be 0 to {LOCATABLE}: beyond, CRC32C repeats")
+    from_end = logarithm(product(stored ^ computed, power(-32)), below=8 * size)
+    return None if from_end is None else 8 * size - 1 - from_end

@@ -8,11 +8,14 @@ file driver, which reads into memory of its own first (measured by `whalejax ben
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from whalejax.storage import threefs
 from whalejax.storage.checksums import PIECE, Digest, Running, pieces
+from whalejax.storage.mounts import listed
 
 # of a file system that has nothing to do for a folder's fsync, or does not know it
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
@@ -23,14 +26,15 @@ class Files:
 
     Args:
       root: the folder; made when something is written.
-      kind: `"disk"` or `"3fs"`.
+      mount: the 3FS mount on which it lies, if any.
     """
 
     renames = True
 
-    def __init__(self, root: Path | str, kind: str = "disk"):
+    def __init__(self, root: Path | str, *, mount: threefs.Mount | None = None):
         self.root = Path(root).absolute()
-        self.kind = kind
+        self.mount = mount
+        self.kind = "disk" if mount is None else "3fs"
         self.url = str(self.root)
         self.workers = max(4, min(16, os.cpu_count() or 1))
 
@@ -80,12 +84,13 @@ class Files:
 
     def get(self, name: str) -> bytes:
         """As `Place.get`."""
-        return (self.root / name).read_bytes()
+        with _opened(self.root / name, os.O_RDONLY) as file:
+            return b"".join(iter(lambda: os.read(file, PIECE), b""))
 
     def put(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
         """As `Place.put`: written beside its place, synchronised, renamed."""
         path = self.root / name
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # hosts share process ids
         try:
             self.write(str(beside.relative_to(self.root)), [memoryview(data)])
             if exclusive:
@@ -116,7 +121,8 @@ class Files:
         """As `Place.rename`.
 
         A client that lost its answer cannot tell whether the rename happened: where the target
-        stands and the source is gone, it did (3FS renames in a transaction).
+        stands and the source is gone, it did (3FS renames in a transaction). Listings say so; what
+        `stat` says then may be old.
         """
         before, after = self.root / source, self.root / target
         if after.is_dir() and any(after.iterdir()):
@@ -124,7 +130,7 @@ class Files:
         try:
             os.rename(before, after)
         except OSError:
-            if before.exists() or not after.exists():
+            if listed(before) or not listed(after):
                 raise
         sync_folder(after.parent)
 
@@ -133,9 +139,11 @@ class Files:
         (self.root / name).unlink(missing_ok=True)
 
     def remove_tree(self, folder: str) -> None:
-        """As `Place.remove_tree`."""
+        """As `Place.remove_tree`; on 3FS the servers do it (`threefs.remove_tree`)."""
         path = self.root / folder
-        if path.exists():
+        if self.mount is not None:
+            threefs.remove_tree(self.mount, path)
+        elif path.exists():
             shutil.rmtree(path)
 
     def sync(self, folder: str) -> None:
