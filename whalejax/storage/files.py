@@ -8,6 +8,7 @@ file driver, which reads into memory of its own first (measured by `whalejax ben
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +86,7 @@ class Files:
     def put(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
         """As `Place.put`: written beside its place, synchronised, renamed."""
         path = self.root / name
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        beside = path.with_name(f".{uuid.uuid4().hex}.tmp")  # no other writer's, on any host
         try:
             self.write(str(beside.relative_to(self.root)), [memoryview(data)])
             if exclusive:
@@ -100,7 +101,7 @@ class Files:
         """As `Place.names`."""
         found = (
             Path(parent, name).relative_to(self.root).as_posix()
-            for parent, _, names in os.walk(self.root / folder)
+            for parent, _, names in _walk(self.root / folder)
             for name in names
         )
         return sorted(found)
@@ -140,7 +141,7 @@ class Files:
 
     def sync(self, folder: str) -> None:
         """As `Place.sync`."""
-        for parent, _, _ in os.walk(self.root / folder, topdown=False):
+        for parent, _, _ in _walk(self.root / folder):
             sync_folder(Path(parent))
         sync_folder((self.root / folder).parent)
 
@@ -167,6 +168,16 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(file)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, bottom up; of its errors only a folder that is not there is none."""
+
+    def check(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    return os.walk(folder, topdown=False, onerror=check)
 
 
 def _fill(file: int, piece: memoryview, path: Path) -> None:
