@@ -20,7 +20,10 @@ from whalejax.storage.checksums import Running, pieces
 T = TypeVar("T")
 
 WORKERS = 32  # requests at once; as many as TensorStore allows by default
-PATIENCE = 300  # seconds until an operation fails that a server neither answers nor refuses
+# Seconds until an operation fails that a server neither answers nor refuses; more for an object's
+# bytes, at a rate that any link has: TensorStore itself waits for ever.
+PATIENCE = 90
+SLOWEST = 2**17  # bytes a second, of one of `WORKERS`
 NO_VALUE = b"\x02"  # TensorStore's generation of an object that does not exist
 ERRNO = {
     "NOT_FOUND": errno.ENOENT,  # the bucket; of an object the answer is no error
@@ -57,7 +60,7 @@ class Objects:
 
     def read(self, name: str, buffer: memoryview, running: Running | None = None) -> None:
         """As `Place.read`."""
-        data = memoryview(self.get(name))
+        data = memoryview(self._get(name, len(buffer)))
         if len(data) != len(buffer):
             raise ValueError(f"{self._url(name)} has {len(data)} bytes instead of {len(buffer)}")
         for target, piece in zip(pieces(buffer), pieces(data), strict=True):
@@ -77,10 +80,7 @@ class Objects:
 
     def get(self, name: str) -> bytes:
         """As `Place.get`."""
-        data = self._find(name)
-        if data is None:
-            raise FileNotFoundError(errno.ENOENT, "no such object", self._url(name))
-        return data
+        return self._get(name)
 
     def put(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
         """As `Place.put`."""
@@ -121,17 +121,28 @@ class Objects:
 
     def remove_tree(self, folder: str) -> None:
         """As `Place.remove_tree`."""
-        self._await(self._store.delete_range(_below(folder)), folder)
+        removals = [(name, self._store.write(name, None)) for name in self.names(folder)]
+        for name, removal in removals:  # each with patience of its own, as there may be many
+            self._await(removal, name)
 
     def sync(self, folder: str) -> None:
         """As `Place.sync`; a name is durable with its object."""
 
-    def _find(self, name: str) -> bytes | None:
-        found = self._await(self._store.read(_key(name)), name)
+    def _find(self, name: str, count: int = 0) -> bytes | None:
+        found = self._await(self._store.read(_key(name)), name, count)
         return found.value if found.state == "value" else None
 
-    def _write(self, name: str, data: bytes, if_equal: bytes | None = None):
-        return self._await(self._store.write(_key(name), data, if_equal=if_equal), name)
+    def _get(self, name: str, count: int = 0) -> bytes:
+        data = self._find(name, count)
+        if data is None:
+            raise FileNotFoundError(errno.ENOENT, "no such object", self._url(name))
+        return data
+
+    def _write(
+        self, name: str, data: bytes, if_equal: bytes | None = None
+    ) -> ts.KvStore.TimestampedStorageGeneration:
+        written = self._store.write(_key(name), data, if_equal=if_equal)
+        return self._await(written, name, len(data))
 
     def _list(self, within: ts.KvStore.KeyRange, name: str) -> list[str]:
         return [key.decode() for key in self._await(self._store.list(within), name)]
@@ -156,12 +167,13 @@ class Objects:
         self._list(ts.KvStore.KeyRange(_key(name), _key(name) + "\0"), name)
         raise OSError(errno.EIO, "refused as if it existed, and does not exist", self._url(name))
 
-    def _await(self, future: "ts.Future[T]", name: str) -> T:
+    def _await(self, future: "ts.Future[T]", name: str, count: int = 0) -> T:
+        patience = PATIENCE + count / SLOWEST
         try:
-            return future.result(timeout=PATIENCE)
+            return future.result(timeout=patience)
         except TimeoutError:
             future.cancel()
-            message = f"no end within {PATIENCE} s"
+            message = f"no end within {patience:.1f} s"
             raise TimeoutError(errno.ETIMEDOUT, message, self._url(name)) from None
         except (ValueError, NotImplementedError) as error:
             raise _os_error(str(error), self._url(name)) from None
