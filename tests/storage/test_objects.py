@@ -6,6 +6,7 @@ import time
 import urllib.request
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 
 import pytest
 
@@ -19,7 +20,7 @@ class Faulty(BaseHTTPRequestHandler):
     """Forwards to an S3 server, and does to the next requests what `server.faults[method]` says.
 
     "no request": drops the connection before forwarding; "no answer": after it; "half": in the
-    middle of the answer's body; "busy": answers 503; a function: calls it, then forwards.
+    middle of the answer's body; "busy": answers 503; a function: what it returns.
     """
 
     def forward(self):
@@ -27,13 +28,13 @@ class Faulty(BaseHTTPRequestHandler):
         faults = self.server.faults.get(self.command)
         fault = faults.pop(0) if faults else None
         self.close_connection = True
+        if callable(fault):
+            fault = fault()
         if fault == "no request":
             return
         if fault == "busy":
             self.send_error(503)
             return
-        if callable(fault):
-            fault()
         headers = {key: self.headers[key] for key in REQUEST_HEADERS if key in self.headers}
         remote = http.client.HTTPConnection(self.server.remote)
         remote.request(self.command, self.path, body, headers)
@@ -90,9 +91,14 @@ def test_a_put_whose_answer_is_lost_is_ours(place, proxy, later):
     assert proxy.faults == {"PUT": [], "HEAD": []}
 
 
-@pytest.mark.parametrize("fault", ["no request", "no answer", "busy"])
-def test_a_put_that_comes_too_late_is_not_ours(place, direct, proxy, fault):
-    proxy.faults = {"PUT": [lambda: direct.put("manifest", b"theirs"), fault]}
+@pytest.mark.parametrize("later", [[], ["no request"] * 3], ids=["told", "never told"])
+@pytest.mark.parametrize("fault", [None, "no request", "no answer", "busy"])
+def test_a_put_that_comes_too_late_is_not_ours(place, direct, proxy, fault, later):
+    def theirs_comes_first():
+        direct.put("manifest", b"theirs")
+        return fault
+
+    proxy.faults = {"PUT": [theirs_comes_first], "HEAD": [None, *later]}
     with pytest.raises(FileExistsError, match="exists already: 's3://.*/manifest'"):
         place.put("manifest", b"ours", exclusive=True)
     assert direct.get("manifest") == b"theirs"
@@ -125,9 +131,16 @@ def test_a_cut_answer_is_never_taken_for_the_file(place, proxy):
         place.get("file")
 
 
-@pytest.mark.parametrize("operation", ["write", "put", "exclusive", "names", "folders"])
-def test_a_missing_bucket_is_named(s3_url, quick, operation):
-    place = storage.open(s3_url.replace("s3://whalejax/", "s3://no-such-bucket/"))
+@pytest.mark.parametrize(
+    ("kind", "operation"),
+    [
+        *product(["s3", "gcs"], ["write", "put", "exclusive"]),
+        *product(["s3"], ["names", "folders"]),  # of Google's, TensorStore does not tell
+    ],
+)
+def test_a_missing_bucket_is_named(request, quick, kind, operation):
+    url = request.getfixturevalue(f"{kind}_url")
+    place = storage.open(url.replace("://whalejax/", "://no-such-bucket/"))
     calls = {
         "write": lambda: place.write("file", [memoryview(b"1")]),
         "put": lambda: place.put("file", b"1"),
@@ -135,8 +148,24 @@ def test_a_missing_bucket_is_named(s3_url, quick, operation):
         "names": lambda: place.names("file"),
         "folders": lambda: place.folders("file"),
     }
-    with pytest.raises(FileNotFoundError, match="NoSuchBucket.*HTTP 404.*no-such-bucket/.*/file"):
+    with pytest.raises(FileNotFoundError, match="NOT_FOUND: .*HTTP 404.*no-such-bucket/.*/file"):
         calls[operation]()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_listing_that_google_refuses_is_not_an_empty_one(gcs_url, gcs_server, status):
+    place = storage.open(gcs_url)
+    place.put("step/file", b"1")
+    assert place.names("step") == ["step/file"]
+    gcs_server.refusal = status
+    try:
+        for call in (place.names, place.folders, place.remove_tree):
+            with pytest.raises(PermissionError, match=f"HTTP {status}.*gs://whalejax/.*/step"):
+                call("step")
+            with pytest.raises(PermissionError, match=f"HTTP {status}.*gs://whalejax/"):
+                call("")
+    finally:
+        gcs_server.refusal = None
 
 
 def test_a_refusal_is_a_permission_error(s3_endpoint, s3_url):
@@ -175,6 +204,14 @@ def test_a_server_that_never_answers_is_not_waited_for(place, direct, proxy, mon
     with pytest.raises(TimeoutError, match=r"no end within 0.3 s"):
         place.put("manifest", b"1", exclusive=True)
     answer.set()
+
+
+def test_a_region_spares_the_question_for_it(place, proxy):
+    proxy.faults = {"HEAD": [None]}
+    assert place.size("file") is None
+    assert proxy.faults == {"HEAD": [None]}
+    assert storage.open(place.url.replace("&region=us-east-1", "")).size("file") is None
+    assert proxy.faults == {"HEAD": []}
 
 
 @pytest.mark.parametrize("name", ["", "/a", "a/", "a//b", ".", "a/./b", "../a", "a/.."])

@@ -11,7 +11,7 @@ from whalejax.storage import Running, digest
 
 ODD_NAMES = [
     "opt['mu'][0]/w=1",
-    "with space/and\ttab",
+    "with space/at the end ",
     "ünï/层/🐋",
     "100%/50%41/a+b&c",
     "what?/#1;x:y",
@@ -21,12 +21,13 @@ ODD_NAMES = [
 ]
 
 
-@pytest.fixture(params=["disk", "memory", "s3"])
+@pytest.fixture(params=["disk", "memory", "s3", "gcs"])
 def place(request, tmp_path):
     urls = {
         "disk": lambda: tmp_path / "not yet there",
         "memory": lambda: f"memory://{uuid.uuid4().hex}",
         "s3": lambda: request.getfixturevalue("s3_url"),
+        "gcs": lambda: request.getfixturevalue("gcs_url"),
     }
     place = storage.open(urls[request.param]())
     assert place.kind == request.param

@@ -9,11 +9,11 @@ from whalejax.storage.checksums import Digest, Running
 class Place(Protocol):
     """A folder of a file system, or a prefix of an object store.
 
-    Names are relative, with slashes, and no part of them is empty, `.` or `..`; what is called a
-    folder here is a prefix there. No name is both a file and a folder, and `""` is the folder of
-    all. Every method may be called by several threads at once, and blocks without the GIL. All
-    raise `OSError`, with the name, when the place itself fails: `PermissionError` where it refuses,
-    `TimeoutError` where it does not answer.
+    Names are relative, with slashes, without control characters, and no part of them is empty, `.`
+    or `..`; what is called a folder here is a prefix there. No name is both a file and a folder,
+    and `""` is the folder of all. Every method may be called by several threads at once, and blocks
+    without the GIL. All raise `OSError`, with the name, when the place itself fails:
+    `PermissionError` where it refuses, `TimeoutError` where it does not answer.
 
     Attributes:
       url: what `open` was given, made absolute.
