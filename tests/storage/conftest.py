@@ -20,6 +20,7 @@ class CloudStorage(BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet: two cost 40 ms
 
     def serve(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
