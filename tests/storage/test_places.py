@@ -8,6 +8,7 @@ import pytest
 
 from whalejax import storage
 from whalejax.storage import Running, digest
+from whalejax.storage.checksums import PIECE
 
 ODD_NAMES = [
     "opt['mu'][0]/w=1",
@@ -84,6 +85,18 @@ def test_what_is_missing_is_named(place):
         place.remove(name)
         place.remove_tree(name)
     assert place.names("missing") == place.folders("missing") == []
+
+
+@pytest.mark.parametrize("count", [0, 1, PIECE, PIECE + 1, 3 * PIECE])
+def test_holds_what_has_the_same_digest(place, count):
+    data = random_bytes(count)
+    assert not place.holds("step/file", count, digest(data))
+    place.write("step/file", [memoryview(data)])
+    assert place.holds("step/file", count, digest(data))
+    assert not place.holds("step/file", count + 1, digest(data))
+    assert not place.holds("step/file", count, digest(data + b"0"))
+    assert not place.holds("step/file", count, digest(data)._replace(xxh3=0))
+    assert not place.holds("step/file", count, digest(data)._replace(crc32c=1))
 
 
 def test_puts_replace_unless_exclusive(place):

@@ -15,7 +15,8 @@ from typing import TypeVar
 
 import tensorstore as ts
 
-from whalejax.storage.checksums import Running, pieces
+from whalejax.storage.checksums import Digest, Running, pieces
+from whalejax.storage.checksums import digest as digest_of
 
 T = TypeVar("T")
 
@@ -79,6 +80,11 @@ class Objects:
                 for piece in pieces(buffer):
                     running.update(piece)
         self._write(name, b"".join(buffers))
+
+    def holds(self, name: str, nbytes: int, digest: Digest) -> bool:
+        """As `Place.holds`."""
+        data = self._find(name, nbytes)
+        return data is not None and len(data) == nbytes and digest_of(data) == digest
 
     def get(self, name: str) -> bytes:
         """As `Place.get`."""
