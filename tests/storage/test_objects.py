@@ -25,6 +25,7 @@ class Faulty(BaseHTTPRequestHandler):
 
     def forward(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.asked = self.requestline
         faults = self.server.faults.get(self.command)
         fault = faults.pop(0) if faults else None
         self.close_connection = True
@@ -113,6 +114,12 @@ def test_a_put_that_never_arrives_fails(place, direct, proxy, exclusive):
     assert direct.size("manifest") is None
 
 
+def test_a_put_that_failed_is_told_where_what_is_there_cannot_be(place, proxy):
+    proxy.faults = {"PUT": ["busy"] * 4, "GET": ["no request"] * 4}
+    with pytest.raises(OSError, match="All 3 retry attempts failed.*HTTP 503.*/manifest"):
+        place.put("manifest", b"ours", exclusive=True)
+
+
 @pytest.mark.parametrize("fault", ["no request", "no answer", "half", "busy"])
 def test_a_fault_is_retried(place, proxy, fault):
     data = bytes(range(256)) * 4096
@@ -192,7 +199,7 @@ def test_a_wrong_endpoint_is_told_in_one_line(quick, endpoint, reason, region):
     assert "\n" not in str(caught.value) and "curl_code" not in str(caught.value)
 
 
-def test_a_server_that_never_answers_is_not_waited_for(place, direct, proxy, monkeypatch):
+def test_a_server_that_never_answers_is_not_waited_for(place, proxy, monkeypatch):
     monkeypatch.setattr(objects, "PATIENCE", 0.3)
     answer = threading.Event()
     silence = partial(answer.wait, 20)
@@ -204,6 +211,25 @@ def test_a_server_that_never_answers_is_not_waited_for(place, direct, proxy, mon
     with pytest.raises(TimeoutError, match=r"no end within 0.3 s"):
         place.put("manifest", b"1", exclusive=True)
     answer.set()
+
+
+def test_an_object_has_time_for_its_bytes(place, proxy, monkeypatch):
+    monkeypatch.setattr(objects, "PATIENCE", 0.2)
+    monkeypatch.setattr(objects, "SLOWEST", 100)
+    slowly = partial(time.sleep, 0.6)
+    proxy.faults = {"PUT": [slowly] * 2, "GET": [slowly] * 2}
+    place.write("file", [memoryview(bytes(1000))])
+    place.read("file", memoryview(bytearray(1000)))
+    with pytest.raises(TimeoutError):
+        place.get("file")
+    with pytest.raises(TimeoutError):
+        place.put("small", b"1")
+
+
+def test_an_endpoint_may_end_with_a_slash(place, proxy):
+    endpoint = f"http://127.0.0.1:{proxy.server_port}"
+    storage.open(place.url.replace(endpoint, f"{endpoint}/")).put("file", b"1")
+    assert proxy.asked.startswith("PUT /whalejax/")
 
 
 def test_a_region_spares_the_question_for_it(place, proxy):

@@ -35,7 +35,7 @@ def open(url: Path | str) -> Place:
       ValueError: an unknown scheme or option, or a bucket's name that is missing or not allowed.
     """
     text = str(url)
-    if isinstance(url, Path) or "://" not in text:
+    if "://" not in text:
         return Files(_path(text))
     parts = urlsplit(text)
     if parts.scheme not in SCHEMES:
