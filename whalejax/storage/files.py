@@ -86,7 +86,7 @@ class Files:
     def put(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
         """As `Place.put`: written beside its place, synchronised, renamed."""
         path = self.root / name
-        beside = path.with_name(f".{uuid.uuid4().hex}.tmp")  # no other writer's, on any host
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # hosts share process ids
         try:
             self.write(str(beside.relative_to(self.root)), [memoryview(data)])
             if exclusive:
