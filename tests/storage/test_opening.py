@@ -76,9 +76,9 @@ def test_opening_a_bucket_asks_no_server():
     ("url", "complaint"),
     [
         ("ftp://host/x", r"unknown scheme 'ftp' in 'ftp://host/x'; known: .*'gs', 'memory', 's3'"),
-        ("s3://", "'s3://' has no name after s3://"),
-        ("gs:///prefix", "'gs:///prefix' has no name after gs://"),
-        ("memory:///x", "has no name after memory://"),
+        ("s3://", "'s3://' has no name after ://"),
+        ("gs:///prefix", "'gs:///prefix' has no name after ://"),
+        ("memory:///x", "has no name after ://"),
         ("s3://Not_A_Bucket!/x", 'Invalid S3 bucket name: "Not_A_Bucket!"'),
         ("gs://B/x", 'gs://B/x.*Invalid GCS bucket name: "B"'),
         ("s3://bucket?zone=x&region=y", r"unknown options \['zone'\] in .*known: .*region"),

@@ -35,14 +35,15 @@ def open(url: Path | str) -> Place:
       ValueError: an unknown scheme or option, or a bucket's name that is missing or not allowed.
     """
     text = str(url)
-    if "://" not in text:
+    scheme, separator, rest = text.partition("://")
+    if not separator:
         return Files(_path(text))
-    parts = urlsplit(text)
-    if parts.scheme not in SCHEMES:
-        raise ValueError(f"unknown scheme {parts.scheme!r} in {text!r}; known: {sorted(SCHEMES)}")
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown scheme {scheme!r} in {text!r}; known: {sorted(SCHEMES)}")
+    parts = urlsplit(f"//{rest}")  # which takes no scheme that begins with a digit
     if parts.fragment:
         raise ValueError(f"{text!r} has a fragment, {parts.fragment!r}: write # as %23")
-    return SCHEMES[parts.scheme](text, parts)
+    return SCHEMES[scheme](text, parts)
 
 
 def _path(text: str) -> Path:
@@ -103,7 +104,7 @@ def _memories() -> ts.Context:
 
 def _objects(url: str, parts: SplitResult, kind: str, spec: dict, context: ts.Context) -> Objects:
     if not parts.netloc:
-        raise ValueError(f"{url!r} has no name after {parts.scheme}://")
+        raise ValueError(f"{url!r} has no name after ://")
     prefix = unquote(parts.path).strip("/")
     if kind == "memory":  # has no buckets
         prefix = f"{parts.netloc}/{prefix}".rstrip("/")
