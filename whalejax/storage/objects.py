@@ -155,8 +155,8 @@ class Objects:
     def _list(self, within: ts.KvStore.KeyRange, name: str) -> list[str]:
         keys = self._await(self._store.list(within), name)
         if self.kind == "gcs":
-            # TensorStore 0.1.86 ends a listing that Google refuses as if no more were there; of an
-            # object, whether it exists or not, Google refuses to tell with an error that it keeps.
+            # TensorStore 0.1.86 takes a page that Google refuses (400, 401, 403) for the last and
+            # an empty one. A read it reports as refused, whether or not there is such an object.
             self._find(f"{name or 'all'}/listed")
         return [key.decode() for key in keys]
 
