@@ -16,7 +16,7 @@ from whalejax.kernels.backend import unusable
 from whalejax.storage import threefs
 from whalejax.storage.files import Files
 from whalejax.storage.mounts import holding, mount_points
-from whalejax.storage.opening import SCHEMES
+from whalejax.storage.opening import KNOWN_SCHEMES
 
 # settings of a 3FS client that decide what a checkpoint may expect
 SHOWN_SETTINGS = ("usr.readonly", "usr.attr_timeout")
@@ -72,7 +72,7 @@ def storage_lines(path: Path | str) -> Iterator[str]:
         yield f"  {_file_system(place.root)}, {_free_bytes(place.root) / 2**30:.1f} GiB free"
         if place.mount is not None:
             yield f"  {_abilities(place.mount)}"
-    yield f"  opens paths, {', '.join(f'{scheme}://' for scheme in SCHEMES)}"
+    yield f"  opens paths, {', '.join(f'{scheme}://' for scheme in KNOWN_SCHEMES)}"
 
 
 def _file_system(path: Path) -> str:

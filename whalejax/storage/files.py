@@ -105,7 +105,7 @@ class Files:
         """As `Place.names`."""
         found = (
             Path(parent, name).relative_to(self.root).as_posix()
-            for parent, _, names in os.walk(self.root / folder)
+            for parent, _, names in _walk(self.root / folder)
             for name in names
         )
         return sorted(found)
@@ -148,7 +148,7 @@ class Files:
 
     def sync(self, folder: str) -> None:
         """As `Place.sync`."""
-        for parent, _, _ in os.walk(self.root / folder, topdown=False):
+        for parent, _, _ in _walk(self.root / folder):
             sync_folder(Path(parent))
         sync_folder((self.root / folder).parent)
 
@@ -175,6 +175,16 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(file)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, bottom up; of its errors only a folder that is not there is none."""
+
+    def check(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    return os.walk(folder, topdown=False, onerror=check)
 
 
 def _fill(file: int, piece: memoryview, path: Path) -> None:

@@ -9,9 +9,11 @@ from whalejax.storage.checksums import Digest, Running
 class Place(Protocol):
     """A folder of a file system, or a prefix of an object store.
 
-    Names are relative, with slashes; what is called a folder here is a prefix there. Every method
-    may be called by several threads at once, and blocks without the GIL. All raise `OSError`, with
-    the name, when the place itself fails.
+    Names are relative, with slashes, without control characters, and no part of them is empty, `.`
+    or `..`; what is called a folder here is a prefix there. No name is both a file and a folder,
+    and `""` is the folder of all. Every method may be called by several threads at once, and blocks
+    without the GIL. All raise `OSError`, with the name, when the place itself fails:
+    `PermissionError` where it refuses, `TimeoutError` where it does not answer.
 
     Attributes:
       url: what `open` was given, made absolute.
@@ -27,7 +29,7 @@ class Place(Protocol):
     workers: int
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None if there is none of this name."""
+        """Bytes of a file; None if there is none of this name. An object store has to read it."""
 
     def read(self, name: str, buffer: memoryview, running: Running | None = None) -> None:
         """Fills `buffer` with a whole file, adding its bytes to `running` as they come.
@@ -59,14 +61,18 @@ class Place(Protocol):
         """Writes a small file at once: readers see all of it or what was there before.
 
         Raises:
-          FileExistsError: `exclusive`, and it is there already.
+          FileExistsError: `exclusive`, and it is there already. An object store, which may ask
+            again when an answer was lost, takes an object of the very same bytes for its own.
         """
 
     def names(self, folder: str) -> list[str]:
         """All files below a folder, however deep, sorted; empty if there is no such folder."""
 
     def folders(self, folder: str) -> list[str]:
-        """The last part of the names of folders right below a folder, sorted."""
+        """The last part of the names of folders right below a folder, sorted.
+
+        An object store has no folders without files, and lists all files below to find them.
+        """
 
     def rename(self, source: str, target: str) -> None:
         """Renames a folder, durably, if `renames`.
