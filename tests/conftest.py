@@ -118,3 +118,16 @@ def threefs_mount(tmp_path) -> Iterator[Path]:
             pytest.skip(f"no FUSE file system can be mounted here: {said}")
         yield root
         subprocess.run(["umount", "--lazy", root], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 4 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

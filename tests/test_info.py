@@ -28,11 +28,13 @@ def test_a_disk_is_named_with_its_file_system(tmp_path):
 
 
 def test_3fs_is_named_with_what_it_can_do(tmp_path):
-    place, _, abilities, _ = storage_lines(f"3fs://{folder_of_3fs(tmp_path)}/run")
+    place, _, abilities, title, *advice, _ = storage_lines(f"3fs://{folder_of_3fs(tmp_path)}/run")
     assert place == f"storage: {tmp_path}/run: 3fs"
     assert abilities == (
         "  deletes trees on the servers (rm-rf): yes, USRBIO: yes, usr.readonly=true"
     )
+    assert title == "  lay it out for checkpoints with"
+    assert any("mkdir" in line and "--chunk-size 16384KB" in line for line in advice)
 
 
 def test_the_command_describes_the_path_it_is_given(tmp_path, capsys, monkeypatch):

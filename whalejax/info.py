@@ -12,6 +12,7 @@ from pathlib import Path
 
 import whalejax
 from whalejax import kernels, storage
+from whalejax.checkpoint.planning import EXTENT_BYTES
 from whalejax.kernels.backend import unusable
 from whalejax.storage import threefs
 from whalejax.storage.files import Files
@@ -72,6 +73,7 @@ def storage_lines(path: Path | str) -> Iterator[str]:
         yield f"  {_file_system(place.root)}, {_free_bytes(place.root) / 2**30:.1f} GiB free"
         if place.mount is not None:
             yield f"  {_abilities(place.mount)}"
+            yield from _advice(place)
     yield f"  opens paths, {', '.join(f'{scheme}://' for scheme in KNOWN_SCHEMES)}"
 
 
@@ -85,6 +87,14 @@ def _file_system(path: Path) -> str:
 def _free_bytes(path: Path) -> int:
     """For who asks, on the file system of a folder that need not exist."""
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+
+
+def _advice(place: Files) -> Iterator[str]:
+    commands = threefs.advice(place.mount, place.root, EXTENT_BYTES)
+    if commands:
+        yield "  lay it out for checkpoints with"
+    for command in commands:
+        yield f"    {command}"
 
 
 def _abilities(mount: threefs.Mount) -> str:

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -119,19 +118,6 @@ def test_other_folders_do_not_fail(run_failing, tmp_path):
     (tmp_path / "bad").mkdir()
     done = run_failing(CODE.format(WRITE), tmp_path / "badly", below=tmp_path / "bad", call="write")
     assert done.stdout == "no error\n", done.stderr
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 4 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_a_real_disk_that_is_full(small_disk):

@@ -107,7 +107,8 @@ class CheckpointStore:
         """Waits for the save that is under way.
 
         Raises:
-          OSError: it failed: there is no such checkpoint, those before it are as they were.
+          OSError: it failed: its checkpoint is not there, or is whole but perhaps not durable; those
+            before it are as they were.
         """
         saving, self._saving = self._saving, None
         if saving is not None:
