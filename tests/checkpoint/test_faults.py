@@ -77,9 +77,12 @@ def test_a_rename_whose_answer_is_lost_counts(run_failing, tmp_path):
 
 
 def test_a_checkpoint_that_may_not_be_durable_is_told_and_restores(run_failing, tmp_path):
-    """The last fsync of the first save: the folder is renamed, and its name not yet synchronised."""
+    """The last fsync of a save fails: the folder is renamed, its name not yet synchronised."""
+    CheckpointStore(tmp_path / "whole", extent_bytes=2**16).save(0, tree(0), block=True)
+    synchronised = len(list((tmp_path / "whole/0").rglob("*"))) + 1  # each file, each folder
     folder = tmp_path / "store"
-    said = saved(run_failing, folder, call="sync", at=60, times=1)
+    last = synchronised + 2  # the store's folder before the rename, and after it
+    said = saved(run_failing, folder, call="sync", at=last, times=1)
     assert [bool(error) for error in said] == [True, False, False, False, False, False]
     assert "Input/output error" in said[0]
     check(folder, [""] * 6)

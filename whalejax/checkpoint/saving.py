@@ -49,8 +49,8 @@ def save(
 
     Raises:
       MissingProcessError: another process ended, or gave no sign of life.
-      OSError: this process, or another one, could not write: the checkpoint is not there, or is whole
-        but perhaps not durable; those before it are as they were.
+      OSError: this process, or another one, could not write: the checkpoint is not there, or is
+        whole but may not be durable; those before it are as they were.
       ValueError: the processes do not agree on what is to be saved.
     """
     with meeting.attended():

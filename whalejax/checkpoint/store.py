@@ -107,7 +107,7 @@ class CheckpointStore:
         """Waits for the save that is under way.
 
         Raises:
-          OSError: it failed: its checkpoint is not there, or is whole but perhaps not durable; those
+          OSError: it failed: its checkpoint is not there, or is whole but may not be durable; those
             before it are as they were.
         """
         saving, self._saving = self._saving, None
