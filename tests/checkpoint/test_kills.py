@@ -26,3 +26,9 @@ def test_the_last_complete_step_restores_whenever_saving_is_killed(tmp_path, kil
     # else nothing was killed in the middle of a save, or no save was ever complete
     assert found["unfinished"] >= kills // 4
     assert found["saved"] >= kills // 4
+
+
+def test_the_last_complete_step_restores_from_an_object_store(s3_url):
+    found = killed(s3_url, 6, seed=1)
+    assert found["lost"] == found["wrong"] == []
+    assert found["unfinished"] >= 2
