@@ -1,9 +1,38 @@
 """Damage, and where it lies."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SHOWN = 20  # faults that an error names
+
+
+class Flip(NamedTuple):
+    """One bit that would explain, by itself, why a file is not as it was written.
+
+    Attributes:
+      byte: of the file.
+      bit: of the byte, 0 the lowest.
+      confirmed: with the bit flipped back all checksums are those that were written; if not,
+        something worse happened that only looks like one bit to a CRC32C.
+      element: of the array, that the bit lies in; None outside of an array's elements.
+      written, read: the element's value as it was written and as it is now.
+    """
+
+    byte: int
+    bit: int
+    confirmed: bool
+    element: tuple[int, ...] | None = None
+    written: Any = None
+    read: Any = None
+
+    def __str__(self) -> str:
+        where = f"bit {self.bit} of byte {self.byte}"
+        if not self.confirmed:
+            return f"to a CRC32C it looks like {where}, but XXH3 says that it is something worse"
+        if self.element is None:
+            return f"{where} is flipped"
+        element = list(self.element)
+        return f"{where} is flipped: element {element} is {self.read} instead of {self.written}"
 
 
 class Fault(NamedTuple):
@@ -14,16 +43,21 @@ class Fault(NamedTuple):
       what: is wrong.
       array: the name of the array, if the file holds a part of one.
       extent: which part: its place in the grid of chunks.
+      flip: the one bit that would explain it, where `verify` found one.
     """
 
     file: str
     what: str
     array: str | None = None
     extent: tuple[int, ...] | None = None
+    flip: Flip | None = None
 
     def __str__(self) -> str:
-        where = "" if self.array is None else f" (array {self.array}, extent {self.extent})"
-        return f"{self.file}{where}: {self.what}"
+        where = "" if self.array is None else f" (array {self.array})"
+        if self.extent is not None:
+            where = f" (array {self.array}, extent {self.extent})"
+        flip = "" if self.flip is None else f"; {self.flip}"
+        return f"{self.file}{where}: {self.what}{flip}"
 
 
 class DamagedError(ValueError):

@@ -80,7 +80,11 @@ def decode(data: bytes, file: str) -> Manifest:
 
 def seal(content: Any) -> bytes:
     """JSON that carries its own checksums."""
-    body = json.dumps(content, separators=(",", ":"), sort_keys=True).encode()
+    return sealed(json.dumps(content, separators=(",", ":"), sort_keys=True).encode())
+
+
+def sealed(body: bytes) -> bytes:
+    """Bytes between their checksums and the closing."""
     return (OPENING % digest(body)).encode() + body + CLOSING
 
 
@@ -91,7 +95,7 @@ def unseal(data: bytes, file: str) -> Any:
       DamagedError: a byte of it is another one.
     """
     body = data[OPENING_BYTES : -len(CLOSING)]
-    if data != (OPENING % digest(body)).encode() + body + CLOSING:
+    if data != sealed(body):
         raise DamagedError([Fault(file, "its checksums are not those of its content")])
     return json.loads(body)
 

@@ -101,7 +101,7 @@ def _read(
     layout, file = one.array.layout, extent_file(one.name, one.index)
     running = Running(xxh3=False) if verify else None
     direct = _direct(one)
-    buffer = direct if direct is not None else _scratch(scratch, layout.extent_bytes)
+    buffer = direct if direct is not None else scratch_buffer(scratch, layout.extent_bytes)
     try:
         place.read(f"{folder}/{file}" if folder else file, memoryview(buffer), running)
     except FileNotFoundError:
@@ -141,7 +141,8 @@ def _hand_out(one: _Read, buffer: np.ndarray) -> None:
         part.memory[within(shared, part.box)] = source.astype(part.memory.dtype, copy=False)
 
 
-def _scratch(scratch: threading.local, nbytes: int) -> np.ndarray:
+def scratch_buffer(scratch: threading.local, nbytes: int) -> np.ndarray:
+    """`u8[nbytes]` that a thread uses for one extent after the other."""
     if getattr(scratch, "room", None) is None or scratch.room.nbytes < nbytes:
         scratch.room = host_array((nbytes,), np.uint8)
     return scratch.room[:nbytes]

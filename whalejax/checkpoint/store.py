@@ -3,15 +3,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from whalejax import storage
+from whalejax.checkpoint.comparing import Difference, compare
 from whalejax.checkpoint.manifest import MANIFEST, Manifest, decode
 from whalejax.checkpoint.planning import EXTENT_BYTES, make_plan
 from whalejax.checkpoint.processes import TIMEOUT_S, Meeting
 from whalejax.checkpoint.restoring import restore_like, restore_nested
 from whalejax.checkpoint.saving import Background, save
 from whalejax.checkpoint.snapshot import Arena, take_snapshot
+from whalejax.checkpoint.verifying import Report, verify
 from whalejax.checkpoint.writing import DELETING, SAVING, Target
 
 
@@ -137,10 +139,7 @@ class CheckpointStore:
         try:
             data = self.place.get(file)
         except FileNotFoundError:
-            steps = ", ".join(map(str, self.steps())) or "none"
-            raise FileNotFoundError(
-                f"{self.place.url} has no checkpoint of step {step}; its steps: {steps}"
-            ) from None
+            self._miss(step)
         return decode(data, file)
 
     def restore(
@@ -177,6 +176,34 @@ class CheckpointStore:
             return restore_nested(self.place, str(step), manifest, **options)
         return restore_like(self.place, str(step), manifest, like, **options)
 
+    def verify(
+        self, step: int, *, repair: bool = False, progressed: Callable[[int], None] = _ignore
+    ) -> Report:
+        """Reads all of a checkpoint and says what is not as it was written; in one process.
+
+        Args:
+          step: which.
+          repair: mend single flipped bits where both checksums of the mended bytes prove them, and
+            metadata of arrays; the broken file is kept as `FILE.broken`.
+          progressed: called with the bytes of each extent that was read.
+
+        Raises:
+          FileNotFoundError: there is none of this step.
+          ValueError: it is of a later version.
+        """
+        if not self._is_complete(step):
+            self._miss(step)
+        return verify(self.place, str(step), repair=repair, progressed=progressed)
+
+    def diff(self, a: int, b: int) -> Difference:
+        """What differs between the checkpoints of two steps; reads no more than it needs.
+
+        Raises:
+          FileNotFoundError: there is none of one of them.
+          DamagedError: one of them is damaged where it has to be read.
+        """
+        return compare(self.place, self.manifest(a), self.manifest(b))
+
     def remove(self, step: int) -> None:
         """Deletes the checkpoint of a step; killed meanwhile, it leaves none that looks complete.
 
@@ -184,7 +211,7 @@ class CheckpointStore:
           FileNotFoundError: there is none.
         """
         if not self._is_complete(step):
-            raise FileNotFoundError(f"{self.place.url} has no checkpoint of step {step}")
+            self._miss(step)
         if self.place.renames:
             self.place.rename(str(step), f"{step}{DELETING}")
             self.place.remove_tree(f"{step}{DELETING}")
@@ -203,6 +230,12 @@ class CheckpointStore:
         """Deletes what saves left that were killed; not while another job is saving here."""
         for folder in self.unfinished():
             self.place.remove_tree(folder)
+
+    def _miss(self, step: int) -> NoReturn:
+        steps = ", ".join(map(str, self.steps())) or "none"
+        raise FileNotFoundError(
+            f"{self.place.url} has no checkpoint of step {step}; its steps: {steps}"
+        ) from None
 
     def _is_complete(self, step: int) -> bool:
         return self.place.size(f"{step}/{MANIFEST}") is not None
