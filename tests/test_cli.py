@@ -18,7 +18,7 @@ def call(args, capsys):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["fly"], "'fly' is no command; there are demo, train, generate, bench, info"),
+        (["fly"], "'fly' is no command; there are demo, train, generate, checkpoint, bench, info"),
         (["train", "--stepz", "3"], "--stepz"),
         (["train", "--steps", "many"], "'many'"),
         (["train", "--steps", "0"], "steps=0"),

@@ -1,4 +1,4 @@
-"""The command line: `whalejax demo | train | generate | bench | info`."""
+"""The command line: `whalejax demo | train | generate | checkpoint | bench | info`."""
 
 import contextlib
 import dataclasses
@@ -58,6 +58,14 @@ def generate_command(args: Sequence[str]) -> None:
     generate(parse(GenerateConfig, "generate", args))
 
 
+def checkpoint_command(args: Sequence[str]) -> None:
+    """Look after checkpoints, by name: ls, inspect, verify, diff, rm."""
+    from whalejax.checkpoint.commands import run
+
+    if code := run(args):
+        sys.exit(code)
+
+
 def bench_command(args: Sequence[str]) -> None:
     """Time parts beside their peers, by name: attention, eplb, exchange, expert, gemm, mla."""
     from whalejax import bench
@@ -86,6 +94,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo_command,
     "train": train_command,
     "generate": generate_command,
+    "checkpoint": checkpoint_command,
     "bench": bench_command,
     "info": info_command,
 }
@@ -161,7 +170,7 @@ def one_line(error: BaseException) -> str:
 
 def usage() -> str:
     """The commands, a line each."""
-    lines = [f"  {name:10}{command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:12}{command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: whalejax COMMAND [flags]   (--help for a command's flags)",

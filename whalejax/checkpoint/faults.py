@@ -30,9 +30,9 @@ class Flip(NamedTuple):
         if not self.confirmed:
             return f"to a CRC32C it looks like {where}, but XXH3 says that it is something worse"
         if self.element is None:
-            return f"{where} is flipped"
-        element = list(self.element)
-        return f"{where} is flipped: element {element} is {self.read} instead of {self.written}"
+            return f"{where} is flipped (confirmed)"
+        element = f"element {list(self.element)} is {self.read} instead of {self.written}"
+        return f"{where} is flipped (confirmed): {element}"
 
 
 class Fault(NamedTuple):

@@ -24,6 +24,11 @@ class StoredArray:
     layout: ArrayLayout
     digests: tuple[Digest, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Of its extents."""
+        return len(self.digests) * self.layout.extent_bytes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -48,7 +53,7 @@ class Manifest:
     @property
     def nbytes(self) -> int:
         """Of all extents."""
-        return sum(len(a.digests) * a.layout.extent_bytes for a in self.arrays.values())
+        return sum(array.nbytes for array in self.arrays.values())
 
     def encode(self) -> bytes:
         """The manifest's file."""

@@ -185,7 +185,8 @@ class CheckpointStore:
           step: which.
           repair: mend single flipped bits where both checksums of the mended bytes prove them, and
             metadata of arrays; the broken file is kept as `FILE.broken`.
-          progressed: called with the bytes of each extent that was read.
+          progressed: called with the bytes of each extent that was read, and with 0 for an
+            array's metadata.
 
         Raises:
           FileNotFoundError: there is none of this step.

@@ -64,19 +64,22 @@ def verify(
       folder: of it.
       repair: mend what can be mended with certainty. The broken file is kept beside it, durable
         before the mended one takes its place at once; an older broken copy of it is replaced.
-      progressed: called with the bytes of each extent that was read, from this thread.
+      progressed: called, from this thread, with the bytes of each extent that was read, and with 0
+        for the metadata of each array.
 
     Raises:
       FileNotFoundError: there is no manifest.
       ValueError: the manifest is of a later version.
       OSError: the place failed; a file that a disk cannot read (EIO) is a fault instead.
     """
+
+    def settle(finding: Finding) -> tuple[Fault, bool]:
+        return finding.fault, repair and _mend(place, folder, finding)
+
     manifest, finding = find_manifest(place, folder)
-    findings = (
-        [] if finding is None else [(finding.fault, repair and _mend(place, folder, finding))]
-    )
+    findings = [] if finding is None else [settle(finding)]
     if manifest is not None:
-        findings += _verify_files(place, folder, manifest, repair, progressed)
+        findings += _verify_files(place, folder, manifest, settle, progressed)
     return Report(
         nbytes=0 if manifest is None else manifest.nbytes,
         faults=tuple(fault for fault, _ in findings),
@@ -111,14 +114,14 @@ def _verify_files(
     place: Place,
     folder: str,
     manifest: Manifest,
-    repair: bool,
+    settle: Callable[[Finding], tuple[Fault, bool]],
     progressed: Callable[[int], None],
 ) -> list[tuple[Fault, bool]]:
-    """The faults of all files that a manifest names, and whether each was mended."""
+    """The faults of all files that a manifest names, settled by the thread that found them."""
 
     def run(check: Check) -> tuple[Fault, bool] | None:
         finding = check.call()
-        return finding and (finding.fault, repair and _mend(place, folder, finding))
+        return None if finding is None else settle(finding)
 
     checks, findings = list(_checks(place, folder, manifest)), []
     with ThreadPoolExecutor(place.workers) as threads:
