@@ -15,6 +15,7 @@ from whalejax.progress import progress
 
 RUN_FOLDER = "checkpoints"  # below the folder of a training run
 FAULTS = 1  # exit code of `verify` while there is damage
+UNLIMITED = 1000  # columns of a table that goes into a file or another program
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 Path = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
@@ -238,7 +239,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # a name may hold brackets
     console = Console(highlight=False)
-    console.print(table, width=None if console.is_terminal else 1000)
+    if not console.is_terminal:
+        console.width = UNLIMITED
+    console.print(table)
 
 
 def _known(store: CheckpointStore, steps: Sequence[int]) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from whalejax.checkpoint.faults import DamagedError
 from whalejax.checkpoint.layout import ArrayLayout, Box, lengths
 from whalejax.checkpoint.manifest import Manifest, StoredArray
 from whalejax.checkpoint.reading import Part, host_array, read_parts
@@ -155,10 +156,18 @@ def _compare_content(
             [Part(box, host_array(lengths(box), layout.dtype)) for box in boxes] for _ in steps
         ]
         for step, stored, own in zip(steps, pair, parts, strict=True):
-            read_parts(place, str(step), {name: (stored, own)})
+            _read(place, step, {name: (stored, own)})
         for of_a, of_b in zip(*parts, strict=True):
             total = _joined(total, compare_elements(of_a.memory, of_b.memory))
     return total._replace(elements=math.prod(layout.shape))
+
+
+def _read(place: Place, step: int, wanted: dict[str, tuple[StoredArray, list[Part]]]) -> None:
+    try:
+        read_parts(place, str(step), wanted)
+    except DamagedError as error:
+        faults = [fault._replace(file=f"{step}/{fault.file}") for fault in error.faults]
+        raise DamagedError(faults) from None  # of two steps, say which
 
 
 def _suspected(a: StoredArray, b: StoredArray) -> Iterator[Box]:
