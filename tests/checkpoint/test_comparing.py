@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from whalejax.checkpoint import CheckpointStore, DamagedError, comparing
 from whalejax.checkpoint.comparing import ContentDifference, compare_elements
@@ -58,6 +60,19 @@ def test_differing_elements_are_counted_and_measured(save, monkeypatch, extent_b
     assert str(found).startswith(
         "w: 2 of 200 elements differ, by up to 2 (relative: 0.05556)\n0 arrays"
     )
+
+
+def test_extents_of_one_digest_that_lie_elsewhere_are_read(save):
+    """The first row of one and the first column of the other hold the same bytes."""
+    other = np.ones((4, 4), np.float32)
+    other[0, 1] = 3
+    mesh = jax.make_mesh((4,), ("x",))
+    columns = jax.device_put(other, NamedSharding(mesh, P(None, "x")))
+    store, found = save({"w": np.ones((4, 4), np.float32)}, {"w": columns}, extent_bytes=(16, 16))
+    stored = [store.manifest(step).arrays["w"] for step in (1, 2)]
+    assert [array.layout.chunk for array in stored] == [(1, 4), (4, 1)]
+    assert stored[0].digests[0] == stored[1].digests[0]
+    assert found.contents == {"w": ContentDifference(1, 16, 2.0, 2 / 3)}
 
 
 def test_only_extents_that_differ_are_read(save, monkeypatch):

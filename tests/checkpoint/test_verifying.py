@@ -230,6 +230,15 @@ def test_the_element_of_a_bit_is_named(module_store, dtype):
     flip()
 
 
+def test_a_bit_of_what_fills_an_extent_up_is_in_no_element(store):
+    file = "arrays/large/c/3/0"
+    before = path_of(store, file).read_bytes()
+    path_of(store, file).write_bytes(flipped(before, 8 * len(before) - 1))
+    (fault,) = store.verify(3).faults
+    assert fault.flip == Flip(len(before) - 1, 7, confirmed=True)
+    assert str(fault).endswith(f"bit 7 of byte {len(before) - 1} is flipped (confirmed)")
+
+
 def pattern(start, extra=()):
     """Bits, from one on, that change no CRC32C: its polynomial; and others."""
     return [start + k for k in CRC32C] + list(extra)
@@ -262,6 +271,18 @@ def test_worse_damage_is_reported_and_left_alone(store, file, worse):
         assert fault.file == file and report.damaged == (fault,) and report.mended == ()
         assert fault.flip is None or not fault.flip.confirmed
         assert bytes_of(store) == before
+
+
+@pytest.mark.parametrize("where", ["opening", "closing", "content and closing"])
+def test_two_bits_of_a_manifest_are_left_alone(store, where):
+    before = path_of(store, "manifest.json").read_bytes()
+    end = 8 * len(before) - 8
+    bits = {"opening": (8, 9), "closing": (end, end + 3), "content and closing": (900, end)}[where]
+    path_of(store, "manifest.json").write_bytes(flipped(before, *bits))
+    report = store.verify(3, repair=True)
+    (fault,) = report.damaged
+    assert fault.flip is None and report.mended == () and report.nbytes == 0
+    assert path_of(store, "manifest.json").read_bytes() == flipped(before, *bits)
 
 
 def test_what_looks_like_one_bit_is_told_from_it(store):
