@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from whalejax.checkpoint import CheckpointStore
+from whalejax.checkpoint.commands import in_units
 from whalejax.checkpoint.manifest import seal, unseal
 from whalejax.cli import run
 
@@ -65,11 +66,11 @@ def test_ls(folder, call):
 def test_ls_tells_of_damaged_and_foreign_manifests(folder, call):
     flip(folder / "checkpoints/1/manifest.json", 1500)
     path = folder / "checkpoints/20/manifest.json"
-    path.write_bytes(seal(unseal(path.read_bytes(), "") | {"version": 2}))
+    path.write_bytes(seal(unseal(path.read_bytes(), "") | {"format": "[red]foreign"}))
     code, out, _ = call("ls", folder)
     _, first, second, _ = lines(out)
     assert code == 0 and first[2] == "11.7 KiB" and "bit 4 of byte 187 is flipped" in first[4]
-    assert second[1:4] == ["?"] * 3 and "of version 2" in second[4]
+    assert second[1:4] == ["?"] * 3 and "is [red]foreign of version 1" in second[4]
 
 
 def test_inspect(folder, call):
@@ -121,6 +122,23 @@ def test_verify_ends_with_1_where_it_cannot_mend(folder, call):
     (folder / "checkpoints/20/arrays/w/c/0").unlink()
     code, out, _ = call("verify", folder, "--repair")
     assert code == 1 and "step 20: arrays/w/c/0 (array w, extent (0,)): is missing\n" in out
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "0.977 KiB"),
+        (1023486, "999 KiB"),
+        (1023488, "0.976 MiB"),
+        (3 * 2**30, "3 GiB"),
+        (500 * 2**40, "500 TiB"),
+        (2000 * 2**40, "2e+03 TiB"),
+    ],
+)
+def test_sizes_have_units(nbytes, text):
+    assert in_units(nbytes) == text
 
 
 def test_diff(folder, call):

@@ -380,6 +380,16 @@ def test_what_a_disk_cannot_read_is_a_fault_and_a_failing_place_an_error(store, 
         store.verify(3)
 
 
+def test_a_place_that_renames_nothing_is_mended_too(tmp_path):
+    store = CheckpointStore(tmp_path, extent_bytes=EXTENT_BYTES)
+    store.place.renames = False
+    store.save(3, tree(), block=True)
+    for file in ("arrays/large/c/1/0", "arrays/key/zarr.json", "manifest.json"):
+        assert_mended(store, file, 1003)
+    assert store.steps() == [3] and store.unfinished() == []
+    assert_restores(store)
+
+
 def test_progress_tells_of_every_byte(store):
     calls = []
     report = store.verify(3, progressed=calls.append)

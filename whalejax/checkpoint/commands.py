@@ -16,6 +16,7 @@ from whalejax.progress import progress
 RUN_FOLDER = "checkpoints"  # below the folder of a training run
 FAULTS = 1  # exit code of `verify` while there is damage
 UNLIMITED = 1000  # columns of a table that goes into a file or another program
+ROUNDED_UP = 999.5  # from here on three digits are not enough
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 Path = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
@@ -125,7 +126,7 @@ def inspect_checkpoint(config: Inspect) -> int:
     created, size, _ = _summary(manifest)
     print(f"step {manifest.step}, created {created}, {size}")
     rows = [
-        (name, a.layout.dtype.name, list(a.layout.shape), len(a.digests), _size(a.nbytes))
+        (name, a.layout.dtype.name, list(a.layout.shape), len(a.digests), in_units(a.nbytes))
         for name, a in sorted(manifest.arrays.items())
     ]
     print_table(("array", "dtype", "shape", "extents", "size"), rows)
@@ -153,7 +154,7 @@ def verify_checkpoints(config: Verify) -> int:
             print(f"step {step}: {fault}{' -- mended' if fault in report.mended else ''}")
         damaged += len(report.damaged)
         found = f"{len(report.faults)} faults, {len(report.mended)} of them mended"
-        print(f"step {step}: {_size(report.nbytes)}, {found if report.faults else 'as written'}")
+        print(f"step {step}: {in_units(report.nbytes)}, {found if report.faults else 'as written'}")
     return FAULTS if damaged else 0
 
 
@@ -178,7 +179,7 @@ def remove_checkpoints(config: Remove) -> int:
     for step in steps:
         manifest, fault = _look_into(store, step)
         store.remove(step)
-        freed = f"unknown ({fault})" if manifest is None else _size(manifest.nbytes)
+        freed = f"unknown ({fault})" if manifest is None else in_units(manifest.nbytes)
         print(f"deleted step {step}, freed: {freed}")
     if config.unfinished:
         for folder in store.unfinished():
@@ -269,7 +270,7 @@ def _look_into(store: CheckpointStore, step: int) -> tuple[Manifest | None, str]
 
 
 def _summary(manifest: Manifest) -> tuple[str, str, str]:
-    return manifest.created, _size(manifest.nbytes), str(len(manifest.arrays))
+    return manifest.created, in_units(manifest.nbytes), str(len(manifest.arrays))
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:
@@ -289,9 +290,9 @@ def _as_json(manifest: Manifest) -> dict[str, Any]:
     return fields | {"arrays": arrays, "bytes": manifest.nbytes}
 
 
-def _size(nbytes: int) -> str:
-    """Bytes with a unit, at most three digits before its point."""
+def in_units(nbytes: int) -> str:
+    """Bytes with a unit, to three digits."""
     power = 0
-    while nbytes / 1024**power >= 1000 and power < len(UNITS) - 1:
+    while nbytes / 1024**power >= ROUNDED_UP and power < len(UNITS) - 1:
         power += 1
     return f"{nbytes / 1024**power:.3g} {UNITS[power]}"
