@@ -193,6 +193,26 @@ def test_a_mistake_is_one_line_and_changes_nothing(args, says, folder, call, mon
     assert files(folder) == before and list(folder.parent.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("kind", ["memory", "s3"])
+def test_a_run_in_an_object_store(kind, call, request):
+    url = "memory://commands/run" if kind == "memory" else request.getfixturevalue("s3_url")
+    base, mark, options = url.partition("?")
+    store = CheckpointStore(f"{base}/checkpoints{mark}{options}")
+    store.save(1, {"w": np.arange(3000, dtype=np.float32)}, block=True)
+    store.place.put("2/arrays/w/c/0", b"begun")
+    for given in (url, store.place.url):
+        assert [row[0] for row in lines(call("ls", given)[1])[1:]] == ["1", "2"]
+    data = bytearray(store.place.get("1/arrays/w/c/0"))
+    data[9] ^= 1
+    store.place.put("1/arrays/w/c/0", bytes(data))
+    assert call("verify", url)[0] == 1
+    assert call("verify", url, "--repair")[0] == 0
+    assert call("rm", url, "--unfinished")[1] == "deleted 2, files: 1\n"
+    code, _, err = call("rm", url, 1)
+    assert code == 2 and "step 1 is the newest" in err
+    assert call("rm", url, 1, "--force")[0] == 0 and store.place.names("") == []
+
+
 def test_nothing_complete_is_one_line(folder, call):
     shutil.rmtree(folder / "checkpoints/1")
     shutil.rmtree(folder / "checkpoints/20")

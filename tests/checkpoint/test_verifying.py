@@ -380,14 +380,23 @@ def test_what_a_disk_cannot_read_is_a_fault_and_a_failing_place_an_error(store, 
         store.verify(3)
 
 
-def test_a_place_that_renames_nothing_is_mended_too(tmp_path):
-    store = CheckpointStore(tmp_path, extent_bytes=EXTENT_BYTES)
-    store.place.renames = False
+def test_objects_are_mended_too():
+    store = CheckpointStore("memory://verifying", extent_bytes=EXTENT_BYTES)
     store.save(3, tree(), block=True)
+    place, files = store.place, store.place.names("3")
     for file in ("arrays/large/c/1/0", "arrays/key/zarr.json", "manifest.json"):
-        assert_mended(store, file, 1003)
-    assert store.steps() == [3] and store.unfinished() == []
-    assert_restores(store)
+        before = place.get(f"3/{file}")
+        place.put(f"3/{file}", flipped(before, 1003))
+        (fault,) = store.verify(3).damaged
+        assert (fault.file, fault.flip.byte, fault.flip.bit) == (file, 125, 3)
+        assert store.verify(3, repair=True).mended == (fault,)
+        assert place.get(f"3/{file}") == before
+        assert place.get(f"3/{file}{BROKEN}") == flipped(before, 1003)
+        place.remove(f"3/{file}{BROKEN}")
+    assert store.verify(3).faults == () and place.names("3") == files
+    place.put("3/arrays/large/c/1/0", b"short")
+    place.remove("3/arrays/key/c/0")
+    assert {f.file for f in store.verify(3).damaged} == {"arrays/large/c/1/0", "arrays/key/c/0"}
 
 
 def test_progress_tells_of_every_byte(store):
