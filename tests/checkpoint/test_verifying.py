@@ -399,6 +399,22 @@ def test_objects_are_mended_too():
     assert {f.file for f in store.verify(3).damaged} == {"arrays/large/c/1/0", "arrays/key/c/0"}
 
 
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_checkpoint_that_is_deleted_meanwhile_is_not_damaged(store, monkeypatch, repair):
+    get = store.place.get
+
+    def late(name):
+        data = get(name)
+        if name.endswith("manifest.json"):
+            shutil.rmtree(path_of(store, ""))
+        return data
+
+    monkeypatch.setattr(store.place, "get", late)
+    with pytest.raises(FileNotFoundError, match="run/3 was deleted while it was verified"):
+        store.verify(3, repair=repair)
+    assert not path_of(store, "").exists()
+
+
 def test_progress_tells_of_every_byte(store):
     calls = []
     report = store.verify(3, progressed=calls.append)

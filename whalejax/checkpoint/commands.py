@@ -19,7 +19,7 @@ UNLIMITED = 1000  # columns of a table that goes into a file or another program
 ROUNDED_UP = 999.5  # from here on three digits are not enough
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
-Path = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+PathOrURL = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
 Step = Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="STEP")]
 Newest = Annotated[int | None, tyro.conf.Positional, tyro.conf.arg(metavar="[STEP]")]
 Steps = Annotated[tuple[int, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[STEP ...]")]
@@ -33,7 +33,7 @@ class List:
       path: of the checkpoints, or of the run; a folder or a URL.
     """
 
-    path: Path
+    path: PathOrURL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Inspect:
       json: print JSON.
     """
 
-    path: Path
+    path: PathOrURL
     step: Newest = None
     json: bool = False
 
@@ -61,7 +61,7 @@ class Verify:
       repair: mend single flipped bits that both checksums prove, and keep the broken files.
     """
 
-    path: Path
+    path: PathOrURL
     steps: Steps = ()
     repair: bool = False
 
@@ -76,7 +76,7 @@ class Diff:
       b: the second step.
     """
 
-    path: Path
+    path: PathOrURL
     a: Step
     b: Step
 
@@ -92,7 +92,7 @@ class Remove:
       force: delete even the newest checkpoint.
     """
 
-    path: Path
+    path: PathOrURL
     steps: Steps = ()
     unfinished: bool = False
     force: bool = False

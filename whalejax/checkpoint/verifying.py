@@ -68,7 +68,7 @@ def verify(
         for the metadata of each array.
 
     Raises:
-      FileNotFoundError: there is no manifest.
+      FileNotFoundError: there is no manifest, or no more.
       ValueError: the manifest is of a later version.
       OSError: the place failed; a file that a disk cannot read (EIO) is a fault instead.
     """
@@ -80,6 +80,8 @@ def verify(
     findings = [] if finding is None else [settle(finding)]
     if manifest is not None:
         findings += _verify_files(place, folder, manifest, settle, progressed)
+    if findings and place.size(_below(folder, MANIFEST)) is None:
+        raise FileNotFoundError(f"{place.url}/{folder} was deleted while it was verified")
     return Report(
         nbytes=0 if manifest is None else manifest.nbytes,
         faults=tuple(fault for fault, _ in findings),
@@ -216,8 +218,11 @@ def _with_element(flip: Flip, layout: ArrayLayout, index: Index, mended: bytes) 
 
 
 def _mend(place: Place, folder: str, finding: Finding) -> bool:
-    """Puts a file back as it was, if that is certain."""
-    if finding.mended is None:
+    """Puts a file back as it was, if that is certain.
+
+    If a running job deleted the checkpoint meanwhile, a file of it must not stand there again.
+    """
+    if finding.mended is None or place.size(_below(folder, MANIFEST)) is None:
         return False
     file = _below(folder, finding.fault.file)
     if finding.broken is not None:
