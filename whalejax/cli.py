@@ -67,7 +67,7 @@ def checkpoint_command(args: Sequence[str]) -> None:
 
 
 def bench_command(args: Sequence[str]) -> None:
-    """Time parts beside their peers, by name: attention, eplb, exchange, expert, gemm, mla."""
+    """Time parts beside their peers, by name: gemm, mla, attention, expert, storage and others."""
     from whalejax import bench
 
     names = sorted(module.name for module in pkgutil.iter_modules(bench.__path__))
