@@ -154,22 +154,31 @@ def _read_all(checkpointer: ocp.Checkpointer, folder: str, stored: Any) -> Any:
 
 
 def _read_like(checkpointer: ocp.Checkpointer, folder: str, stored: Any, like: Any) -> Any:
-    """The leaves that `like` names; Orbax itself would leave out in silence those it lacks."""
-    wanted = dict(named(like))
-    check(_as_manifest(dict(named(stored, is_leaf=_is_metadata)), wanted), wanted)
-    abstract = jax.tree.map(_placed, like)
-    args = ocp.args.PyTreeRestore(
-        item=abstract,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        partial_restore=True,
+    """The leaves that `like` names, which are asked for in the structure that Orbax stored: it
+    holds lists of another length against a subtree, and leaves out in silence what it lacks."""
+    wanted, leaves = dict(named(like)), named(stored, is_leaf=_is_metadata)
+    check(_as_manifest(dict(leaves), wanted), wanted)
+    abstract = [_placed(wanted[n]) if n in wanted else ocp.PLACEHOLDER for n, _ in leaves]
+    item = jax.tree.unflatten(jax.tree.structure(stored, is_leaf=_is_metadata), abstract)
+    arguments = ocp.checkpoint_utils.construct_restore_args(item)
+    restored = checkpointer.restore(
+        folder, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments)
     )
-    restored = checkpointer.restore(folder, args=args)
-    for (name, target), leaf in zip(wanted.items(), jax.tree.leaves(restored), strict=True):
-        if is_key(target) != is_key(leaf):
-            raise ValueError(f"{name} is {leaf.dtype}{list(leaf.shape)}, no PRNG keys")
-        if isinstance(target, np.ndarray):
-            target[...] = leaf
-    return jax.tree.map(lambda t, x: t if isinstance(t, np.ndarray) else x, like, restored)
+    found = dict(zip((n for n, _ in leaves), jax.tree.leaves(restored), strict=True))
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [_handed_over(n, x, found[n]) for n, x in wanted.items()]
+    )
+
+
+def _handed_over(name: str, target: Any, leaf: Any) -> Any:
+    """A leaf that was read, in the memory of its target if that is a NumPy array."""
+    if is_key(target) != is_key(leaf):
+        what = "no PRNG keys" if is_key(target) else "an array of PRNG keys"
+        raise ValueError(f"{name} cannot be restored so: it is {what}")
+    if not isinstance(target, np.ndarray):
+        return leaf
+    target[...] = leaf
+    return target
 
 
 def _placed(leaf: Any) -> Any:
