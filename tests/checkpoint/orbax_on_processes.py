@@ -9,8 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from whalejax.checkpoint import saving
-from whalejax.checkpoint.orbax_handler import WhaleHandler, WhaleRestore, WhaleSave
+from whalejax.checkpoint import WhaleHandler, WhaleRestore, WhaleSave, saving
 
 
 def main(rank, ranks, port, folder):

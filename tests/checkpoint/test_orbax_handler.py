@@ -15,9 +15,9 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from whalejax.checkpoint import DamagedError, saving
+from whalejax.checkpoint import DamagedError, WhaleHandler, WhaleRestore, WhaleSave, saving
 from whalejax.checkpoint.layout import extent_file
-from whalejax.checkpoint.orbax_handler import WhaleHandler, WhaleRestore, WhaleSave, read_manifest
+from whalejax.checkpoint.orbax_handler import read_manifest
 from whalejax.kernels.quantization import QuantizedArray
 
 PROCESSES = 2

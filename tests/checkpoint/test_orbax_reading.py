@@ -12,9 +12,14 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from whalejax.checkpoint import CheckpointStore, orbax_folders
-from whalejax.checkpoint.orbax_handler import WhaleHandler, WhaleSave
-from whalejax.checkpoint.orbax_reading import import_orbax, read_orbax
+from whalejax.checkpoint import (
+    CheckpointStore,
+    WhaleHandler,
+    WhaleSave,
+    import_orbax,
+    orbax_folders,
+    read_orbax,
+)
 from whalejax.storage.files import Files
 
 
@@ -179,7 +184,7 @@ def test_a_step_is_imported_and_restored_as_the_tree_it_was(run, tmp_path):
 def test_a_store_in_an_old_run_says_who_reads_it(run):
     store = CheckpointStore(run)
     assert store.steps() == [] and store.latest() is None
-    told = r"Orbax wrote steps 0, 1, 2 there: whalejax.checkpoint.orbax_reading reads"
+    told = r"Orbax wrote steps 0, 1, 2 there: whalejax.checkpoint.read_orbax reads them"
     with pytest.raises(FileNotFoundError, match=f"holds no complete checkpoint.*{told}"):
         store.restore()
     with pytest.raises(

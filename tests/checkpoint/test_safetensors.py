@@ -14,10 +14,14 @@ import pytest
 import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
-from whalejax.checkpoint import CheckpointStore, DamagedError
+from whalejax.checkpoint import (
+    CheckpointStore,
+    DamagedError,
+    export_safetensors,
+    import_safetensors,
+    read_safetensors,
+)
 from whalejax.checkpoint.layout import extent_file
-from whalejax.checkpoint.safetensors_export import export_safetensors
-from whalejax.checkpoint.safetensors_import import import_safetensors, read_safetensors
 from whalejax.kernels.quantization import QuantizedArray
 from whalejax.storage import safetensors_files
 from whalejax.storage.safetensors_files import DTYPES, INDEX, find_tensors, write_file

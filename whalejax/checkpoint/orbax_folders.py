@@ -30,7 +30,4 @@ def hint(place: Place) -> str:
     steps = ", ".join(map(str, orbax_steps(place)))
     if not steps:
         return ""
-    return (
-        f" (Orbax wrote steps {steps} there: whalejax.checkpoint.orbax_reading reads and imports "
-        "them)"
-    )
+    return f" (Orbax wrote steps {steps} there: whalejax.checkpoint.read_orbax reads them)"

@@ -85,6 +85,8 @@ class CheckpointStore:
         self.wait()
         if step < 0 or self._is_complete(step):
             raise ValueError(f"step={step} must be a number that {self.place.url} does not hold")
+        if is_orbax(self.place, str(step)):
+            raise ValueError(f"step={step} is in {self.place.url} already, saved by Orbax")
         check_metadata(metadata)
         plan = make_plan(tree, extent_bytes=self.extent_bytes)
         title = f"saving step {step} to {self.place.url}"
