@@ -141,8 +141,10 @@ def test_one_error_lists_all_that_does_not_fit(run):
 def test_what_is_not_there_is_told(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="no step 7 of Orbax; its steps: 0, 1, 2"):
         read_orbax(run, 7)
-    with pytest.raises(FileNotFoundError, match="no checkpoint of Orbax; its steps: none"):
+    with pytest.raises(FileNotFoundError, match="no item that is a tree; its trees: none"):
         read_orbax(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of Orbax; its steps: none"):
+        import_orbax(tmp_path, CheckpointStore(tmp_path / "store"))
     with pytest.raises(FileNotFoundError, match="no ema that is a tree; its trees: default"):
         read_orbax(run, 1, item="ema")
 
@@ -179,6 +181,14 @@ def test_a_step_is_imported_and_restored_as_the_tree_it_was(run, tmp_path):
         import_orbax(run, store, 2)
     with pytest.raises(ValueError, match="give a store elsewhere"):
         import_orbax(run, CheckpointStore(run))
+
+
+def test_steps_of_ours_in_the_same_run_are_left_alone(tmp_path):
+    with ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(create=True)) as m:
+        m.save(3, args=ocp.args.StandardSave({"a": np.arange(3)}))
+    CheckpointStore(tmp_path).save(5, {"a": np.arange(5)}, block=True)
+    same(read_orbax(tmp_path), {"a": np.arange(3)})
+    assert CheckpointStore(tmp_path).steps() == [5]
 
 
 def test_a_store_in_an_old_run_says_who_reads_it(run):

@@ -22,8 +22,6 @@ from whalejax.checkpoint.store import CheckpointStore
 from whalejax.checkpoint.tree import is_key, named
 from whalejax.storage import Place
 
-ITEM = "default"  # what CheckpointManager calls the only item
-
 
 def read_orbax(
     path: Path | str, step: int | None = None, like: Any = None, *, item: str | None = None
@@ -98,14 +96,11 @@ def import_orbax(
 def find_item(path: Path | str, step: int | None = None, item: str | None = None) -> str:
     """The folder, or URL, of a tree that Orbax saved; arguments and errors as `read_orbax`."""
     place = storage.open(path)
-    if step is None and item is None and _is_tree(place, ""):
-        return place.url
-    items, folder = _trees(place, ""), ""
-    if step is not None or not items:
-        folder = f"{_find_step(place, step)[1]}/"
-        items = _trees(place, folder)
-    if _is_tree(place, folder) and item is None:
+    a_run = step is not None or orbax_steps(place)
+    folder = f"{_find_step(place, step)[1]}/" if a_run else ""
+    if item is None and _is_tree(place, folder):
         return f"{place.url}/{folder}".rstrip("/")
+    items = _trees(place, folder)
     if item is None and len(items) > 1:
         raise ValueError(f"{place.url}/{folder} holds {', '.join(items)}: name the item")
     if not items or item not in (None, *items):
