@@ -1,6 +1,7 @@
 """Our checkpoints under Orbax's CheckpointManager: kept, chosen, deleted and committed by it."""
 
 import collections
+import json
 import os
 import socket
 import subprocess
@@ -178,7 +179,8 @@ def test_a_checkpointer_saves_one_tree(tmp_path, kind):
             checkpointer.wait_until_finished()
         same(checkpointer.restore(tmp_path / "one", args=WhaleRestore(tree(0))), tree(5))
         same(checkpointer.restore(tmp_path / "one")["w"], tree(5)["w"])
-    assert (tmp_path / "one" / "_CHECKPOINT_METADATA").exists()
+    theirs = json.loads((tmp_path / "one" / "_CHECKPOINT_METADATA").read_text())
+    assert theirs["init_timestamp_nsecs"]  # from before ours was written
 
 
 def test_other_shardings_dtypes_and_subtrees_are_restored(tmp_path):
@@ -204,6 +206,8 @@ def test_a_flipped_bit_is_never_restored(tmp_path):
         file.write_bytes(data)
         with pytest.raises(DamagedError, match=r"array w, extent \(1, 0\)"):
             m.restore(0, args=WhaleRestore(tree(0)))
+        with pytest.raises(DamagedError, match=r"array w, extent \(1, 0\)"):
+            m.restore(0)
         m.restore(0, args=WhaleRestore(tree(0), verify=False))
 
 
