@@ -201,6 +201,9 @@ def test_a_store_in_an_old_run_says_who_reads_it(run):
         FileNotFoundError, match=f"no checkpoint of step 1; its steps: none.*{told}"
     ):
         store.restore(1)
+    with pytest.raises(ValueError, match="step=1 is in .* already, saved by Orbax"):
+        store.save(1, {})
+    assert sorted(path.name for path in run.iterdir()) == ["0", "1", "2"]
 
 
 def test_a_store_that_cannot_rename_does_not_clean_away_an_old_run(tmp_path):

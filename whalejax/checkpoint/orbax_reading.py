@@ -31,7 +31,8 @@ def read_orbax(
     All processes of a job call it. Only items of WhaleSave have checksums, which are compared.
 
     Args:
-      path: the folder of a run, of one of its steps, of an item, or of a tree saved alone.
+      path: the folder of a run, of one of its steps, of an item, or of a tree saved alone; or its
+        URL, if Orbax knows it, too.
       step: of a run; None for its newest.
       like: a tree of arrays, concrete or abstract, as for `CheckpointStore.restore`: what it names
         is restored, in its dtypes and shardings; its NumPy arrays are filled in place. None for
