@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from whalejax.cli import run
+from whalejax.storage.safetensors_files import INDEX, find_tensors, read_header, write_file
 from whalejax.weights import check_pretrained, from_pretrained, load, save_pretrained
-from whalejax.weights.safetensors_files import INDEX, find_tensors, read_header, write_file
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from whalejax.model.config import MLAConfig, ModelConfig
 from whalejax.model.decoder import Decoder
 from whalejax.model.sharding import partition_spec
 from whalejax.parallel.mesh import MeshConfig, make_mesh
+from whalejax.storage.safetensors_files import find_tensors
 from whalejax.weights import from_pretrained, read_config, save_pretrained
-from whalejax.weights.safetensors_files import find_tensors
 
 # a parameter that is written in place keeps its memory; two copies of a large model fit nowhere
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers were not usable")
@@ -103,7 +103,7 @@ def test_mtp_modules_are_optional(v3_model, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for file in folder.glob("*.safetensors*"):
         file.unlink()
-    from whalejax.weights.safetensors_files import write_file
+    from whalejax.storage.safetensors_files import write_file
 
     save_pretrained(v3_model, tmp_path / "b")
     kept = {n: t for n, t in find_tensors(tmp_path / "b").items() if ".layers.3." not in n}
@@ -158,7 +158,7 @@ def test_only_a_saved_model_is_overwritten(v3_model, tmp_path):
 
 
 def test_the_old_model_outlives_a_failed_overwrite(v3_model, tmp_path, monkeypatch):
-    from whalejax.weights import save
+    from whalejax.storage import safetensors_files
 
     save_pretrained(v3_model, tmp_path / "a")
     before = (tmp_path / "a" / "model.safetensors").read_bytes()
@@ -166,7 +166,7 @@ def test_the_old_model_outlives_a_failed_overwrite(v3_model, tmp_path, monkeypat
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(save, "write_file", full)
+    monkeypatch.setattr(safetensors_files, "write_file", full)
     with pytest.raises(OSError, match="no space"):
         save_pretrained(v3_model, tmp_path / "a", overwrite=True)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
@@ -185,12 +185,12 @@ def test_an_existing_directory_is_not_replaced_unasked(v3_model, tmp_path):
 
 
 def test_an_interrupted_save_leaves_nothing(v3_model, tmp_path, monkeypatch):
-    from whalejax.weights import save
+    from whalejax.storage import safetensors_files
 
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(save, "write_file", full)
+    monkeypatch.setattr(safetensors_files, "write_file", full)
     with pytest.raises(OSError, match="no space"):
         save_pretrained(v3_model, tmp_path / "a")
     assert not list(tmp_path.iterdir())

@@ -35,7 +35,7 @@ class Manifest:
     """What a checkpoint consists of.
 
     Attributes:
-      step: of training.
+      step: of training; None for an item of Orbax, which knows it itself.
       created: when, in UTC, by ISO 8601.
       arrays: by name.
       values: leaves that are Python's numbers or strings, by name.
@@ -43,7 +43,7 @@ class Manifest:
       metadata: the user's, JSON.
     """
 
-    step: int
+    step: int | None
     created: str
     arrays: dict[str, StoredArray]
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -60,6 +60,14 @@ class Manifest:
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         arrays = {name: _encoded(array) for name, array in self.arrays.items()}
         return seal(content | {"format": FORMAT, "version": VERSION, "arrays": arrays})
+
+
+def check_metadata(metadata: Any) -> None:
+    """Raises a ValueError unless a manifest can hold this."""
+    try:
+        json.dumps(metadata)
+    except TypeError as error:
+        raise ValueError(f"metadata={metadata!r} is no JSON: {error}") from None
 
 
 def decode(data: bytes, file: str) -> Manifest:

@@ -175,7 +175,8 @@ def check(manifest: Manifest, wanted: dict[str, Any]) -> None:
             faults.append(f"{name} {fault}")
     if faults:
         shown = "; ".join(faults[:20]) + (f"; and {len(faults) - 20} more" * (len(faults) > 20))
-        raise ValueError(f"step {manifest.step} cannot be restored so: {shown}")
+        what = "the item" if manifest.step is None else f"step {manifest.step}"
+        raise ValueError(f"{what} cannot be restored so: {shown}")
 
 
 def _unfit(stored: StoredArray, leaf: Any) -> str | None:

@@ -30,7 +30,7 @@ def save(
     snapshot: Snapshot,
     meeting: Meeting,
     *,
-    step: int,
+    step: int | None,
     metadata: Any = None,
     progressed: Callable[[int], None] = lambda nbytes: None,
 ) -> Manifest | None:

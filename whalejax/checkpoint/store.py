@@ -1,13 +1,13 @@
 """CheckpointStore: the checkpoints of one run, under one folder or prefix."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from whalejax import storage
 from whalejax.checkpoint.comparing import Difference, compare
-from whalejax.checkpoint.manifest import MANIFEST, Manifest, decode
+from whalejax.checkpoint.manifest import MANIFEST, Manifest, check_metadata, decode
+from whalejax.checkpoint.orbax_folders import hint, is_orbax
 from whalejax.checkpoint.planning import EXTENT_BYTES, make_plan
 from whalejax.checkpoint.processes import TIMEOUT_S, Meeting
 from whalejax.checkpoint.restoring import restore_like, restore_nested
@@ -85,10 +85,9 @@ class CheckpointStore:
         self.wait()
         if step < 0 or self._is_complete(step):
             raise ValueError(f"step={step} must be a number that {self.place.url} does not hold")
-        try:
-            json.dumps(metadata)
-        except TypeError as error:
-            raise ValueError(f"metadata={metadata!r} is no JSON: {error}") from None
+        if is_orbax(self.place, str(step)):
+            raise ValueError(f"step={step} is in {self.place.url} already, saved by Orbax")
+        check_metadata(metadata)
         plan = make_plan(tree, extent_bytes=self.extent_bytes)
         title = f"saving step {step} to {self.place.url}"
         meeting = Meeting(title, self.timeout_s)
@@ -170,7 +169,9 @@ class CheckpointStore:
         """
         step = self.latest() if step is None else step
         if step is None:
-            raise FileNotFoundError(f"{self.place.url} holds no complete checkpoint")
+            raise FileNotFoundError(
+                f"{self.place.url} holds no complete checkpoint{hint(self.place)}"
+            )
         manifest, options = self.manifest(step), {"verify": verify, "progressed": progressed}
         if like is None:
             return restore_nested(self.place, str(step), manifest, **options)
@@ -225,7 +226,8 @@ class CheckpointStore:
         found = self.place.folders("")
         if self.place.renames:
             return [name for name in found if name.endswith((SAVING, DELETING))]
-        return [name for name in found if name.isdecimal() and not self._is_complete(int(name))]
+        steps = [name for name in found if name.isdecimal() and not self._is_complete(int(name))]
+        return [name for name in steps if not is_orbax(self.place, name)]
 
     def clean(self) -> None:
         """Deletes what saves left that were killed; not while another job is saving here."""
@@ -236,6 +238,7 @@ class CheckpointStore:
         steps = ", ".join(map(str, self.steps())) or "none"
         raise FileNotFoundError(
             f"{self.place.url} has no checkpoint of step {step}; its steps: {steps}"
+            f"{hint(self.place)}"
         ) from None
 
     def _is_complete(self, step: int) -> bool:

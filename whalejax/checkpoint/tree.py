@@ -71,21 +71,30 @@ def named(tree: Any, is_leaf: Any = None) -> list[tuple[str, Any]]:
 
 def name_of(path: Iterable[Any]) -> str:
     """The name of a leaf from its path of keys."""
-    keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    return joined(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def joined(keys: Iterable[str]) -> str:
+    """The name of a leaf below these keys."""
     return "/".join(UNQUOTABLE.get(key) or quote(key, safe="") for key in keys) or ROOT
+
+
+def keys_of(name: str) -> list[str]:
+    """The keys that a name consists of."""
+    return [_unquoted(key) for key in name.split("/")]
 
 
 def nested(leaves: dict[str, Any], quantized: dict[str, dict[str, Any]]) -> Any:
     """Nested dicts of named leaves; QuantizedArrays are put together again."""
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
-        *folders, last = [_unquoted(key) for key in name.split("/")]
+        *folders, last = keys_of(name)
         node = tree
         for key in folders:
             node = node.setdefault(key, {})
         node[last] = leaf
     for name, static in quantized.items():
-        *folders, last = [_unquoted(key) for key in name.split("/")]
+        *folders, last = keys_of(name)
         node = tree
         for key in folders:
             node = node.get(key, {})

@@ -99,7 +99,7 @@ def _write(place: Place, file: str, buffers: Iterable[memoryview], left_over: se
     return running.digest()
 
 
-def make_manifest(plan: Plan, digests: Digests, *, step: int, metadata: Any) -> Manifest:
+def make_manifest(plan: Plan, digests: Digests, *, step: int | None, metadata: Any) -> Manifest:
     """The manifest of a plan once all its extents are written."""
     by_array: dict[str, list[Digest]] = {name: [] for name in plan.layouts}
     for name, layout in plan.layouts.items():
@@ -134,8 +134,9 @@ def commit(target: Target, manifest: Manifest) -> None:
     for name, array in manifest.arrays.items():
         known.add(target.file(zarr_file(name)))
         known |= {target.file(extent_file(name, index)) for index in array.layout.indices()}
-    for stray in set(place.names(target.writing)) - known:  # of a save with another mesh
-        place.remove(stray)
+    if not target.committed_elsewhere:  # else others may write into the folder, too
+        for stray in set(place.names(target.writing)) - known:  # of a save with another mesh
+            place.remove(stray)
     if not place.renames:
         place.put(target.file(MANIFEST), data, exclusive=True)
         return

@@ -16,10 +16,10 @@ from whalejax.kernels.quantization import QuantizedArray
 from whalejax.kernels.quantization.array import scales_shape
 from whalejax.model.config import ModelConfig
 from whalejax.model.decoder import Decoder
+from whalejax.storage.safetensors_files import SCALE_SUFFIX, StoredTensor, find_tensors
 from whalejax.weights.config_json import read_config
 from whalejax.weights.names import (
     IGNORED_ENDINGS,
-    SCALE_SUFFIX,
     Slot,
     dotted,
     mtp_copies,
@@ -27,7 +27,6 @@ from whalejax.weights.names import (
     slots,
     takes_fp8,
 )
-from whalejax.weights.safetensors_files import StoredTensor, find_tensors
 
 TILE = (128, 128)  # of published FP8 weights
 SHOWN = 20  # tensors of each kind of fault that an error names

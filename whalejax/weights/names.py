@@ -47,7 +47,6 @@ MTP = {
 # published MTP modules repeat the model's embedding and head
 MTP_COPIES = {"embed_tokens.weight": "embed_tokens", "shared_head.head.weight": "lm_head"}
 IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
-SCALE_SUFFIX = "_scale_inv"  # behind `.weight`: the scales of an FP8 tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

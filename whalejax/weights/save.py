@@ -1,9 +1,6 @@
 """Saving a model as a Hugging Face directory, tensor by tensor."""
 
 import json
-import math
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,11 @@ from flax import nnx
 
 from whalejax.kernels.quantization import QuantizedArray
 from whalejax.model.decoder import Decoder
+from whalejax.storage.replacement import replacing
+from whalejax.storage.safetensors_files import MAX_SHARD_BYTES, SCALE_SUFFIX, Spec, write_shards
 from whalejax.tokenizer import Tokenizer
 from whalejax.weights.config_json import read_config, write_config
-from whalejax.weights.names import SCALE_SUFFIX, dotted, mtp_copies, slots
-from whalejax.weights.safetensors_files import INDEX, write_file
-
-MAX_SHARD_BYTES = 5 * 10**9
-Spec = tuple[np.dtype, tuple[int, ...]]
+from whalejax.weights.names import dotted, mtp_copies, slots
 
 
 def save_pretrained(
@@ -33,8 +28,7 @@ def save_pretrained(
 ) -> None:
     """Writes `config.json` and safetensors that `from_pretrained` and transformers read.
 
-    Written beside its place and renamed, so an interrupted save leaves no half directory. What
-    is replaced is moved aside, not deleted, until the new directory stands.
+    An interrupted save leaves no half directory: see `whalejax.storage.replacement`.
 
     Args:
       model: parameters of any float dtype; quantised ones are written as FP8 with
@@ -50,19 +44,20 @@ def save_pretrained(
     path = Path(path).resolve()
     check_target(path, overwrite)
     leaves = parameters(model)
-    temporary = path.with_name(f".{path.name}.saving")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write_shards(temporary, list(tensors(model, leaves)), leaves, max_shard_bytes)
+    wanted = {name: rest for name, *rest in tensors(model, leaves)}
+    specs = {name: (np.dtype(dtype), shape) for name, ((dtype, shape), *_) in wanted.items()}
+
+    def read(name: str) -> np.ndarray:
+        _, parameter, index, part = wanted[name]
+        return _to_host(leaves[parameter], index, part)
+
+    with replacing(path) as temporary:
+        write_shards(temporary, specs, read, max_shard_bytes)
         fp8 = any(isinstance(leaf, QuantizedArray) for leaf in leaves.values())
         config = write_config(model.config, dtype=str(leaves["norm"].dtype), fp8=fp8)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(temporary)
-        replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -81,16 +76,6 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise ValueError(
             f"{path} holds something other than a saved model ({error}): give another path"
         ) from None
-
-
-def replace(new: Path, path: Path) -> None:
-    """Renames directory `new` to `path`; what was there is deleted last."""
-    old = path.with_name(f".{path.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(new, path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def parameters(model: Decoder) -> dict[str, Any]:
@@ -117,35 +102,6 @@ def tensors(model: Decoder, leaves: dict[str, Any]) -> Iterator[tuple[str, Spec,
         for part, suffix in (("values", ""), ("scales", SCALE_SUFFIX)):
             array = getattr(leaf, part)
             yield name + suffix, (array.dtype, array.shape[len(index) :]), parameter, index, part
-
-
-def write_shards(
-    folder: Path, wanted: list[tuple[str, Spec, str, tuple, str]], leaves: dict[str, Any], most: int
-) -> None:
-    """Cuts the tensors into files of at most `most` bytes and writes them, with an index."""
-    shards: list[list] = [[]]
-    size = total = 0
-    for tensor in wanted:
-        dtype, shape = tensor[1]
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        if shards[-1] and size + nbytes > most:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size, total = size + nbytes, total + nbytes
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        weight_map = {
-            tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard
-        }
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for name, shard in zip(names, shards, strict=True):
-        specs = {t[0]: (np.dtype(t[1][0]), tuple(t[1][1])) for t in shard}
-        write_file(
-            folder / name, specs, (_to_host(leaves[p], i, part) for _, _, p, i, part in shard)
-        )
 
 
 def _to_host(leaf: Any, index: tuple[int, ...], part: str) -> np.ndarray:
