@@ -85,7 +85,7 @@ def choose_chunk(
         below = math.prod(shard[axis + 1 :]) * itemsize
         if length * below <= extent_bytes:
             break
-        rows = max(extent_bytes // below, 1) if below else length
+        rows = max(extent_bytes // below, 1)
         chunk[axis] = _part(length, rows, whole=length == shape[axis])
         if chunk[axis] > 1:
             break
@@ -95,7 +95,8 @@ def choose_chunk(
 def _part(length: int, most: int, *, whole: bool) -> int:
     if whole:
         return -(-length // -(-length // most))
-    divisors = [d for d in range(1, length + 1) if length % d == 0]
+    small = [d for d in range(1, math.isqrt(length) + 1) if length % d == 0]
+    divisors = small + [length // d for d in reversed(small)]
     return min(divisors, key=lambda d: abs(math.log(d / most)))
 
 
