@@ -17,8 +17,10 @@ Box = tuple[tuple[int, int], ...]  # start and stop along each axis
 Index = tuple[int, ...]
 
 # what zarr3 has no name for is stored as bytes, its own name beside it
-UNKNOWN_TO_ZARR = ("uint4", "uint2", "float8_e4m3", "float8_e3m4")
-UNKNOWN_TO_ZARR += ("int1", "uint1", "float6_e2m3fn", "float6_e3m2fn")
+UNKNOWN_TO_ZARR = (
+    *("int1", "uint1", "uint2", "uint4"),
+    *("float6_e2m3fn", "float6_e3m2fn", "float8_e3m4", "float8_e4m3"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
