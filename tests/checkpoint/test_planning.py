@@ -57,6 +57,8 @@ class Sharding:
 class Array:
     """An array over such devices."""
 
+    is_fully_addressable = False
+
     def __init__(self, shape, dtype, sharding):
         self.shape, self.dtype, self.sharding = shape, np.dtype(dtype), sharding
 
@@ -174,8 +176,9 @@ def test_the_bytes_of_processes_that_may_choose_level_those_that_must_write(data
             assert laden[p] - min(laden.values()) <= max(sizes.values())
 
 
-def test_a_host_array_is_shared_out_among_all_processes():
-    plan = make_plan({"x": np.zeros(64)}, num_processes=4, extent_bytes=64)
+@pytest.mark.parametrize("array", [np.zeros(64), jnp.zeros(128)], ids=["numpy", "jax"])
+def test_an_array_that_every_process_has_is_shared_out_among_all(array):
+    plan = make_plan({"x": array}, num_processes=4, extent_bytes=64)
     assert [nbytes_of(plan, process) for process in range(4)] == [128] * 4
 
 
