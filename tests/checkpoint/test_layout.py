@@ -70,13 +70,14 @@ def test_a_chunk_lies_in_one_shard_as_one_run_of_its_bytes(cut):
 
 @SEARCH
 @given(cut=cuts())
-def test_less_than_a_chunk_is_filled_up_along_one_axis_of_one_shard(cut):
+def test_equal_chunks_are_filled_up_by_less_than_a_row_each_along_an_axis_of_one_shard(cut):
     layout = laid_out(cut)
     filled = [
         count * size - length
         for count, size, length in zip(layout.grid, layout.chunk, layout.shape, strict=True)
     ]
-    assert all(0 <= rows < size for rows, size in zip(filled, layout.chunk, strict=True))
+    assert all(0 <= rows < max(count, 1) for rows, count in zip(filled, layout.grid, strict=True))
+    assert all(rows < size for rows, size in zip(filled, layout.chunk, strict=True))
     padded = [axis for axis, rows in enumerate(filled) if rows]
     assert len(padded) <= 1 and all(cut[0][axis] == cut[1][axis] for axis in padded)
 

@@ -18,7 +18,7 @@ from whalejax.checkpoint.restoring import _groups, _Target
 from whalejax.checkpoint.snapshot import Arena
 
 MIB = 2**20
-SLACK = MIB  # of Python's own objects: plans, threads, buffers of files
+SLACK = 2 * MIB  # a manifest's pieces of 512 KiB, plans, threads
 
 
 def numbers(index, nbytes=MIB):

@@ -90,8 +90,6 @@ def choose_chunk(
             break
         rows = max(extent_bytes // below, 1)
         chunk[axis] = _part(length, rows, whole=length == shape[axis])
-        if chunk[axis] > 1:
-            break
     return tuple(max(size, 1) for size in chunk)
 
 
