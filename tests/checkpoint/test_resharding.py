@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from whalejax.checkpoint import CheckpointStore
+from whalejax.checkpoint.reading import Part, read_parts
 
 SEARCH = settings(max_examples=60, derandomize=True, deadline=None)
 MESHES = [(1,), (2,), (3,), (5,), (8,), (2, 2), (2, 4), (4, 2), (3, 2), (2, 2, 2)]
@@ -133,6 +134,20 @@ def test_any_sharding_is_restored_into_memory_of_any_order(save, move, extent_by
     assert store.restore(0, {"x": target})["x"] is target
     assert_same_bits(target, array)
     assert (room[untouched] == 7).all()
+
+
+@SEARCH
+@given(data=st.data())
+def test_any_boxes_are_read_as_one_of_several_processes_reads_its_own(save, data):
+    shape = data.draw(st.lists(st.integers(1, 7), max_size=3))
+    array = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    store = save({"x": array}, data.draw(st.integers(1, 64)))
+    sides = [st.tuples(st.integers(0, n), st.integers(0, n)).map(sorted) for n in shape]
+    boxes = data.draw(st.lists(st.tuples(*sides), min_size=1, max_size=3))
+    parts = [Part(box, np.full([b - a for a, b in box], -1, np.float32)) for box in boxes]
+    read_parts(store.place, "0", {"x": (store.manifest(0).arrays["x"], parts)})
+    for box, memory in parts:
+        np.testing.assert_array_equal(memory, array[tuple(slice(*side) for side in box)])
 
 
 def test_floats_are_rounded_to_the_nearest_when_they_become_shorter(save):
