@@ -84,7 +84,7 @@ def test_only_what_is_asked_for_is_read(store, spied, mesh):
     assert set(spied.read_files) < set(spied.names("1"))
 
 
-def test_only_extents_that_a_device_needs_are_read_and_once(store, spied, mesh):
+def test_each_extent_is_read_once_for_all_devices_that_need_it(store, spied, mesh):
     x = np.arange(256, dtype=np.float32).reshape(16, 16)  # an extent is a row
     store.save(1, {"x": x}, block=True)
     spied.read_files.clear()

@@ -145,7 +145,10 @@ def test_any_boxes_are_read_as_one_of_several_processes_reads_its_own(save, data
     sides = [st.tuples(st.integers(0, n), st.integers(0, n)).map(sorted) for n in shape]
     boxes = data.draw(st.lists(st.tuples(*sides), min_size=1, max_size=3))
     parts = [Part(box, np.full([b - a for a, b in box], -1, np.float32)) for box in boxes]
-    read_parts(store.place, "0", {"x": (store.manifest(0).arrays["x"], parts)})
+    stored, seen = store.manifest(0).arrays["x"], []
+    read_parts(store.place, "0", {"x": (stored, parts)}, progressed=seen.append)
+    touched = {index for box in boxes for index in stored.layout.touching(box)}
+    assert seen == [stored.layout.extent_bytes] * len(touched)  # those, and each once
     for box, memory in parts:
         np.testing.assert_array_equal(memory, array[tuple(slice(*side) for side in box)])
 
