@@ -17,7 +17,10 @@ Box = tuple[tuple[int, int], ...]  # start and stop along each axis
 Index = tuple[int, ...]
 
 # what zarr3 has no name for is stored as bytes, its own name beside it
-UNKNOWN_TO_ZARR = ("uint4", "uint2", "float8_e4m3", "float8_e3m4")
+UNKNOWN_TO_ZARR = (
+    *("int1", "uint1", "uint2", "uint4"),
+    *("float6_e2m3fn", "float6_e3m2fn", "float8_e3m4", "float8_e4m3"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +88,16 @@ def choose_chunk(
         below = math.prod(shard[axis + 1 :]) * itemsize
         if length * below <= extent_bytes:
             break
-        rows = max(extent_bytes // below, 1) if below else length
+        rows = max(extent_bytes // below, 1)
         chunk[axis] = _part(length, rows, whole=length == shape[axis])
-        if chunk[axis] > 1:
-            break
     return tuple(max(size, 1) for size in chunk)
 
 
 def _part(length: int, most: int, *, whole: bool) -> int:
     if whole:
         return -(-length // -(-length // most))
-    divisors = [d for d in range(1, length + 1) if length % d == 0]
+    small = [d for d in range(1, math.isqrt(length) + 1) if length % d == 0]
+    divisors = small + [length // d for d in reversed(small)]
     return min(divisors, key=lambda d: abs(math.log(d / most)))
 
 

@@ -62,11 +62,15 @@ class Manifest:
         return seal(content | {"format": FORMAT, "version": VERSION, "arrays": arrays})
 
 
-def check_metadata(metadata: Any) -> None:
-    """Raises a ValueError unless a manifest can hold this."""
+def copy_metadata(metadata: Any) -> Any:
+    """What a manifest will hold of a user's metadata, which may change afterwards.
+
+    Raises:
+      ValueError: it is no JSON.
+    """
     try:
-        json.dumps(metadata)
-    except TypeError as error:
+        return json.loads(json.dumps(metadata, sort_keys=True))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"metadata={metadata!r} is no JSON: {error}") from None
 
 

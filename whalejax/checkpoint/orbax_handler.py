@@ -21,7 +21,7 @@ from whalejax.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     StoredArray,
-    check_metadata,
+    copy_metadata,
     decode,
 )
 from whalejax.checkpoint.planning import EXTENT_BYTES, Plan, make_plan
@@ -142,7 +142,7 @@ class WhaleSave(ocp.args.CheckpointArgs):
 
     def __post_init__(self):
         # here, as of an error in a handler's `async_save` Orbax leaves a thread that waits minutes
-        check_metadata(self.metadata)
+        self.metadata = copy_metadata(self.metadata)
         take_apart(self.item)
 
 

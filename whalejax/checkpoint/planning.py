@@ -40,6 +40,10 @@ class Plan:
         """What a process writes."""
         return [extent for extent, writer in self.writers.items() if writer == process]
 
+    def without_arrays(self) -> "Plan":
+        """The same plan once their bytes were copied: it keeps no device's memory."""
+        return dataclasses.replace(self, leaves=self.leaves._replace(arrays={}))
+
 
 def make_plan(
     tree: Any, *, num_processes: int | None = None, extent_bytes: int = EXTENT_BYTES

@@ -13,7 +13,7 @@ from whalejax.checkpoint.manifest import Manifest, StoredArray
 from whalejax.checkpoint.planning import padded
 from whalejax.checkpoint.reading import Part, host_array, read_parts
 from whalejax.checkpoint.snapshot import Arena
-from whalejax.checkpoint.tree import VALUES, is_key, named, nested
+from whalejax.checkpoint.tree import VALUES, is_key, named, nested, quantized_in
 from whalejax.storage import Place
 
 # Host memory for what goes on to other devices: two such buffers, one filled while the other is
@@ -61,7 +61,7 @@ def restore_like(place: Place, folder: str, manifest: Manifest, like: Any, **opt
       DamagedError: an extent of it is damaged or missing.
     """
     wanted = dict(named(like))
-    check(manifest, wanted)
+    check(manifest, wanted, quantized_in(like))
     leaves = {name: manifest.values[name] for name in wanted if name in manifest.values}
     filled = {name: leaf for name, leaf in wanted.items() if isinstance(leaf, np.ndarray)}
     filled |= {n: np.empty((), x.dtype) for n, x in wanted.items() if isinstance(x, np.generic)}
@@ -111,7 +111,7 @@ class _Target:
     @property
     def on_host(self) -> bool:
         """Whether the array's memory is the host's: then it takes over that of its parts."""
-        return next(iter(self.boxes)).platform == "cpu"
+        return all(device.platform == "cpu" for device in self.boxes)
 
     def parts(self, allocate: Allocate) -> list[Part]:
         """The distinct parts, and memory for them."""
@@ -124,7 +124,9 @@ class _Target:
         """The array, its transfers under way."""
         pieces = [jax.device_put(self.memory[box], device) for device, box in self.boxes.items()]
         shape = self.stored.layout.shape
-        array = jax.make_array_from_single_device_arrays(shape, self.sharding, pieces)
+        array = jax.make_array_from_single_device_arrays(
+            shape, self.sharding, pieces, dtype=self.dtype
+        )
         if is_key(self.leaf):
             return jax.random.wrap_key_data(array, impl=self.stored.layout.key)
         return array
@@ -161,9 +163,19 @@ def _allocator(group: list[_Target], buffer: Arena) -> Allocate:
     return allocate
 
 
-def check(manifest: Manifest, wanted: dict[str, Any]) -> None:
-    """Raises one ValueError that lists all that `wanted` asks for and cannot have."""
-    faults = []
+def check(manifest: Manifest, wanted: dict[str, Any], quantized: dict[str, Any]) -> None:
+    """Raises one ValueError that lists all that is asked for and cannot be had.
+
+    Args:
+      manifest: of the checkpoint.
+      wanted: leaves by name.
+      quantized: the static parts of the QuantizedArrays among them.
+    """
+    faults = [
+        f"{name} is quantized with {manifest.quantized[name]}, not {static}"
+        for name, static in quantized.items()
+        if manifest.quantized.get(name, static) != static
+    ]
     for name, leaf in wanted.items():
         if name in manifest.arrays:
             fault = _unfit(manifest.arrays[name], leaf)
@@ -188,12 +200,22 @@ def _unfit(stored: StoredArray, leaf: Any) -> str | None:
     shape = layout.shape[: len(layout.shape) - is_key(leaf)]
     if tuple(leaf.shape) != shape:
         return f"has shape {list(shape)}, not {list(leaf.shape)}"
+    if getattr(leaf, "sharding", None) is not None:
+        try:
+            leaf.sharding.shard_shape(shape)
+        except ValueError as error:
+            return f"cannot be cut so: {error}"
     if is_key(leaf):
-        return None
+        stored_dtype = jax.eval_shape(lambda: jax.random.key(0, impl=layout.key)).dtype
+        return None if leaf.dtype == stored_dtype else f"is {stored_dtype}, not {leaf.dtype}"
     if isinstance(leaf, np.ndarray) and not leaf.flags.writeable:
         return "cannot be read into an array that is not writeable"
     if _kind(layout.dtype) != _kind(np.dtype(leaf.dtype)):
         return f"is {layout.dtype.name}, which does not become {np.dtype(leaf.dtype).name}"
+    if isinstance(leaf, np.ndarray | np.generic):
+        return None
+    if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+        return f"is wanted as {leaf.dtype.name}, which JAX has only with jax_enable_x64"
     return None
 
 

@@ -1,6 +1,8 @@
 """A save under way: in a thread of its own, together with those of the job's other processes."""
 
+import atexit
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -104,18 +106,23 @@ def _written_by_all(
 
 
 class Background:
-    """A call in a thread; `wait` raises what it raised."""
+    """A call in a thread; `wait` raises what it raised, else the program's end prints it."""
 
     def __init__(self, call: Callable[[], Any], name: str):
         self._call, self._error = call, None
         self._thread = threading.Thread(target=self._run, name=name)
         self._thread.start()
+        atexit.register(self._tell)  # which Python calls once all threads have ended
 
     def _run(self) -> None:
         try:
             self._call()
         except BaseException as error:
             self._error = error
+
+    def _tell(self) -> None:
+        if self._error is not None:
+            traceback.print_exception(self._error)
 
     def join(self) -> None:
         """Waits for its end."""
@@ -128,6 +135,7 @@ class Background:
           BaseException: what it raised, once.
         """
         self._thread.join()
+        atexit.unregister(self._tell)
         error, self._error = self._error, None
         if error is not None:
             raise error

@@ -75,15 +75,18 @@ def take_snapshot(plan: Plan, process: int, arena: Arena | None) -> Snapshot:
     extents = plan.extents_of(process)
     names = dict.fromkeys(extent.array for extent in extents)
     shards = {name: _on_host(plan.leaves.arrays[name]) for name in names}  # all under way at once
-    sources = {extent: _bytes_of(plan, extent, shards[extent.array]) for extent in extents}
-    nbytes = sum(source.nbytes for source in sources.values())
+    sources = {extent: _elements(plan, extent, shards[extent.array]) for extent in extents}
+    layouts = {extent: plan.layouts[extent.array] for extent in extents}
+    found = {}
     if arena is not None:
         shared = [e for e in extents if _is_shared(plan.leaves.arrays[e.array])]
-        sources |= _copied({extent: sources[extent] for extent in shared}, arena)
-    whole = {
-        extent: _filled_up(source, plan.layouts[extent.array]) for extent, source in sources.items()
-    }
-    return Snapshot(whole, nbytes)
+        found = _copied({extent: sources[extent] for extent in shared}, layouts, arena)
+    for extent in extents:
+        if extent not in found:
+            flat = np.ascontiguousarray(sources[extent], layouts[extent].dtype).reshape(-1)
+            found[extent] = flat.view(np.uint8)
+    whole = {extent: _filled_up(found[extent], layouts[extent]) for extent in extents}
+    return Snapshot(whole, sum(source.nbytes for source in sources.values()))
 
 
 def _on_host(array: Any) -> dict[tuple[int, ...], Any]:
@@ -107,31 +110,39 @@ def _is_shared(array: Any) -> bool:
     return not isinstance(array, jax.Array) or next(iter(array.devices())).platform == "cpu"
 
 
-def _bytes_of(plan: Plan, extent: Extent, shards: dict[tuple[int, ...], Any]) -> np.ndarray:
-    """`u8[n]`, n being the bytes of an extent without those that fill it up."""
+def _elements(plan: Plan, extent: Extent, shards: dict[tuple[int, ...], Any]) -> np.ndarray:
+    """An extent's elements without those that fill it up, in any order of bytes and axes."""
     layout = plan.layouts[extent.array]
     shape = shard_shape(plan.leaves.arrays[extent.array])
     begin = shard_corner(layout, shape, extent.index)
     outer = tuple((b, b + size) for b, size in zip(begin, shape, strict=True))
-    host = np.asarray(shards[begin])[within(layout.box(extent.index), outer)]
-    return np.ascontiguousarray(host, layout.dtype).reshape(-1).view(np.uint8)
+    return np.asarray(shards[begin])[(*within(layout.box(extent.index), outer), ...)]
 
 
-def _copied(sources: dict[Extent, np.ndarray], arena: Arena) -> dict[Extent, np.ndarray]:
+def _copied(
+    sources: dict[Extent, np.ndarray], layouts: dict[Extent, ArrayLayout], arena: Arena
+) -> dict[Extent, np.ndarray]:
     room = arena.reserve(sum(padded(source.nbytes) for source in sources.values()))
-    targets, start = {}, 0
+    targets, turns, start = {}, [], 0
     for extent, source in sources.items():
         targets[extent] = room[start : start + source.nbytes]
+        turns += _turns(targets[extent], source, layouts[extent].dtype)
         start += padded(source.nbytes)
-    turns = [
-        (targets[extent][i : i + COPY_BYTES], source[i : i + COPY_BYTES])
-        for extent, source in sources.items()
-        for i in range(0, source.nbytes, COPY_BYTES)
-    ]
     with ThreadPoolExecutor(COPY_THREADS) as threads:
         for _ in threads.map(lambda turn: np.copyto(*turn), turns):
             pass
     return targets
+
+
+def _turns(
+    target: np.ndarray, source: np.ndarray, dtype: np.dtype
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What is copied where at a time; without another copy of what lies in another order."""
+    if source.dtype != dtype or not source.flags.c_contiguous:
+        return [(target.view(dtype).reshape(source.shape), source)]
+    flat = source.reshape(-1).view(np.uint8)
+    starts = range(0, flat.nbytes, COPY_BYTES)
+    return [(target[i : i + COPY_BYTES], flat[i : i + COPY_BYTES]) for i in starts]
 
 
 def _filled_up(source: np.ndarray, layout: ArrayLayout) -> tuple[memoryview, ...]:

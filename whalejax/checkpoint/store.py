@@ -1,12 +1,13 @@
 """CheckpointStore: the checkpoints of one run, under one folder or prefix."""
 
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from whalejax import storage
 from whalejax.checkpoint.comparing import Difference, compare
-from whalejax.checkpoint.manifest import MANIFEST, Manifest, check_metadata, decode
+from whalejax.checkpoint.manifest import MANIFEST, Manifest, copy_metadata, decode
 from whalejax.checkpoint.orbax_folders import hint, is_orbax
 from whalejax.checkpoint.planning import EXTENT_BYTES, make_plan
 from whalejax.checkpoint.processes import TIMEOUT_S, Meeting
@@ -80,18 +81,20 @@ class CheckpointStore:
             with `block` also that this one failed.
           ValueError: `step` is negative or has a checkpoint; `metadata` is no JSON; two leaves get
             one name.
-          TypeError: a leaf cannot be stored.
+          TypeError: a leaf cannot be stored, or `step` is no integer.
         """
         self.wait()
+        step = int(operator.index(step))
         if step < 0 or self._is_complete(step):
             raise ValueError(f"step={step} must be a number that {self.place.url} does not hold")
         if is_orbax(self.place, str(step)):
             raise ValueError(f"step={step} is in {self.place.url} already, saved by Orbax")
-        check_metadata(metadata)
+        metadata = copy_metadata(metadata)
         plan = make_plan(tree, extent_bytes=self.extent_bytes)
         title = f"saving step {step} to {self.place.url}"
         meeting = Meeting(title, self.timeout_s)
         snapshot = take_snapshot(plan, meeting.process, None if block else self._arena)
+        plan = plan.without_arrays()  # which may be freed while what was copied is written
         target = Target(self.place, str(step))
 
         def run() -> None:
@@ -111,9 +114,11 @@ class CheckpointStore:
           OSError: it failed: its checkpoint is not there, or is whole but may not be durable; those
             before it are as they were.
         """
+        if self._saving is None:
+            return
+        self._saving.join()  # interrupted here, it still holds the copy that it writes
         saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.wait()
+        saving.wait()
 
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, in order."""
@@ -215,6 +220,7 @@ class CheckpointStore:
         if not self._is_complete(step):
             self._miss(step)
         if self.place.renames:
+            self.place.remove_tree(f"{step}{DELETING}")  # left over from the step's life before
             self.place.rename(str(step), f"{step}{DELETING}")
             self.place.remove_tree(f"{step}{DELETING}")
         else:
@@ -225,7 +231,8 @@ class CheckpointStore:
         """Folders of saves and deletions that were killed."""
         found = self.place.folders("")
         if self.place.renames:
-            return [name for name in found if name.endswith((SAVING, DELETING))]
+            stems = {name: name.removesuffix(SAVING).removesuffix(DELETING) for name in found}
+            return [name for name, stem in stems.items() if stem != name and stem.isdecimal()]
         steps = [name for name in found if name.isdecimal() and not self._is_complete(int(name))]
         return [name for name in steps if not is_orbax(self.place, name)]
 
@@ -248,5 +255,6 @@ class CheckpointStore:
         """Deletes what is not to be kept once `step` is complete."""
         if self.keep is not None:
             for old in self.steps()[: -self.keep]:
-                self.remove(old)
+                if old != step:  # older than others after a run went back; it is still wanted
+                    self.remove(old)
         self.clean()

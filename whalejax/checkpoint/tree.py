@@ -10,8 +10,9 @@ import numpy as np
 
 from whalejax.kernels.quantization import QuantizedArray
 
-ROOT = "%"  # the name of a tree that is one leaf; no quoted key is a lone %
+ROOT = "%%"  # the name of a tree that is one leaf; no quoted key holds two % in a row
 UNQUOTABLE = {"": "%", ".": "%2E", "..": "%2E%2E"}  # keys that would be no folder of their own
+KEY_BYTES = 255  # of a folder's name, in the file systems of Linux
 VALUES = (bool, int, float, str)  # leaves that go into the manifest as they are
 
 
@@ -34,14 +35,11 @@ def take_apart(tree: Any) -> Leaves:
 
     Raises:
       TypeError: a leaf is of a type that cannot be stored; one error lists them all.
-      ValueError: two leaves get one name, as below keys 1 and "1".
+      ValueError: two leaves get one name, as below keys 1 and "1", or a key is too long.
     """
-    arrays, values, quantized, refused = {}, {}, {}, []
-    for name, leaf in named(tree, is_leaf=_is_quantized):
-        if _is_quantized(leaf):
-            quantized[name] = {"tile": leaf.tile, "scales_by_column": leaf.scales_by_column}
-            arrays |= {f"{name}/{part}": array for part, array in named(leaf)}
-        elif isinstance(leaf, jax.Array) or _is_plain(leaf):
+    arrays, values, refused = {}, {}, []
+    for name, leaf in named(tree):
+        if isinstance(leaf, jax.Array) or _is_plain(leaf):
             arrays[name] = leaf
         elif isinstance(leaf, VALUES):
             values[name] = leaf
@@ -49,14 +47,23 @@ def take_apart(tree: Any) -> Leaves:
             refused.append(f"{name}: {_described(leaf)}")
     if refused:
         raise TypeError(f"a checkpoint holds arrays, numbers and strings, not {'; '.join(refused)}")
-    return Leaves(arrays, values, quantized)
+    return Leaves(arrays, values, quantized_in(tree))
+
+
+def quantized_in(tree: Any) -> dict[str, dict[str, Any]]:
+    """The static parts of a tree's QuantizedArrays, concrete or abstract, by name."""
+    return {
+        name: {"tile": list(node.tile), "scales_by_column": node.scales_by_column}
+        for name, node in named(tree, is_leaf=_is_quantized)
+        if _is_quantized(node)
+    }
 
 
 def named(tree: Any, is_leaf: Any = None) -> list[tuple[str, Any]]:
     """The leaves of a tree with their names, in the tree's order.
 
     Raises:
-      ValueError: two leaves get one name.
+      ValueError: two leaves get one name, or a key has more bytes than a folder's name may have.
     """
     found = [
         (name_of(path), leaf)
@@ -66,6 +73,9 @@ def named(tree: Any, is_leaf: Any = None) -> list[tuple[str, Any]]:
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"several leaves are named {', '.join(twice)}: give them other keys")
+    long = [name for name in names if any(len(key) > KEY_BYTES for key in name.split("/"))]
+    if long:
+        raise ValueError(f"keys have more than {KEY_BYTES} bytes, quoted: {', '.join(long)}")
     return found
 
 
@@ -86,6 +96,8 @@ def keys_of(name: str) -> list[str]:
 
 def nested(leaves: dict[str, Any], quantized: dict[str, dict[str, Any]]) -> Any:
     """Nested dicts of named leaves; QuantizedArrays are put together again."""
+    if ROOT in leaves:
+        return leaves[ROOT]
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *folders, last = keys_of(name)
@@ -93,20 +105,16 @@ def nested(leaves: dict[str, Any], quantized: dict[str, dict[str, Any]]) -> Any:
         for key in folders:
             node = node.setdefault(key, {})
         node[last] = leaf
+    if ROOT in quantized:
+        return _quantized(tree, quantized[ROOT])
     for name, static in quantized.items():
         *folders, last = keys_of(name)
         node = tree
         for key in folders:
             node = node.get(key, {})
-        if last in node:  # a subtree may hold one of the two arrays
-            parts = node[last]
-            node[last] = QuantizedArray(
-                parts["values"],
-                parts["scales"],
-                tuple(static["tile"]),
-                scales_by_column=static["scales_by_column"],
-            )
-    return tree[_unquoted(ROOT)] if list(leaves) == [ROOT] else tree
+        if len(node.get(last, ())) == 2:  # a subtree may hold one of the two arrays
+            node[last] = _quantized(node[last], static)
+    return tree
 
 
 def is_key(leaf: Any) -> bool:
@@ -119,8 +127,17 @@ def nbytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
+def _quantized(parts: dict[str, Any], static: dict[str, Any]) -> QuantizedArray:
+    return QuantizedArray(
+        parts["values"],
+        parts["scales"],
+        tuple(static["tile"]),
+        scales_by_column=static["scales_by_column"],
+    )
+
+
 def _unquoted(key: str) -> str:
-    return "" if key == ROOT else unquote(key)
+    return "" if key == UNQUOTABLE[""] else unquote(key)
 
 
 def _is_quantized(leaf: Any) -> bool:
@@ -131,7 +148,10 @@ def _is_plain(leaf: Any) -> bool:
     """Whether a leaf is a NumPy array, or scalar, of numbers."""
     if not isinstance(leaf, np.ndarray | np.generic):
         return False
-    return leaf.dtype.kind in "biufc" or (leaf.dtype.kind == "V" and leaf.dtype.names is None)
+    if leaf.dtype.type in (np.longdouble, np.clongdouble):  # other bytes on every machine
+        return False
+    extended = leaf.dtype.type.__module__ == "ml_dtypes"
+    return leaf.dtype.kind in "biufc" or extended
 
 
 def _described(leaf: Any) -> str:

@@ -8,13 +8,14 @@ was left over is kept if its digest is that of the new bytes.
 
 import datetime
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from typing import Any, NamedTuple
 
 from whalejax.checkpoint.layout import extent_file, zarr_file, zarr_json
 from whalejax.checkpoint.manifest import MANIFEST, Manifest, StoredArray, seal, unseal
 from whalejax.checkpoint.planning import Extent, Plan
 from whalejax.checkpoint.snapshot import Snapshot
+from whalejax.checkpoint.threads import run_all
 from whalejax.storage import Digest, Place, Running, digest
 
 SAVING, DELETING = ".saving", ".deleting"
@@ -65,7 +66,10 @@ def write_extents(
     Raises:
       OSError: of the first file that could not be written; no other is begun after it.
     """
-    left_over = set(target.place.names(target.writing))
+    arrays, left_over = list(arrays), set(target.place.names(target.writing))
+    files = [extent_file(extent.array, extent.index) for extent in snapshot.extents]
+    files += [zarr_file(name) for name, _ in arrays]
+    _make_way(target.place, {target.file(file) for file in files}, left_over)
     digests: Digests = {}
 
     def write_extent(extent: Extent) -> int:
@@ -78,15 +82,27 @@ def write_extents(
         _write(target.place, target.file(zarr_file(name)), [memoryview(data)], left_over)
         return len(data)
 
-    with ThreadPoolExecutor(target.place.workers) as threads:
-        files = [threads.submit(write_extent, extent) for extent in snapshot.extents]
-        files += [threads.submit(write_metadata, *array) for array in arrays]
-        try:
-            for file in as_completed(files):
-                progressed(file.result())
-        finally:
-            threads.shutdown(cancel_futures=True)
+    calls = [partial(write_extent, extent) for extent in snapshot.extents]
+    calls += [partial(write_metadata, *array) for array in arrays]
+    run_all(calls, target.place.workers, progressed)
     return digests
+
+
+def _make_way(place: Place, files: set[str], left_over: set[str]) -> None:
+    """Deletes what a save of another tree left where a folder must be a file, or a file a folder.
+
+    An array without axes is the file `c`, one with axes a folder of this name.
+    """
+    strays = left_over - files
+    folders = {folder for file in files for folder in _folders(file)} if strays else set()
+    for name in strays & folders:
+        place.remove(name)
+    for folder in {folder for name in strays for folder in _folders(name)} & files:
+        place.remove_tree(folder)
+
+
+def _folders(file: str) -> list[str]:
+    return [file[:end] for end, letter in enumerate(file) if letter == "/"]
 
 
 def _write(place: Place, file: str, buffers: Iterable[memoryview], left_over: set[str]) -> Digest:
