@@ -38,7 +38,7 @@ def tree(seed):
             jnp.asarray(bits.view(jnp.float8_e4m3fn)), jnp.ones((1, 2), jnp.float32)
         ),
         "rng": jax.random.key(seed),
-        "opt": [jnp.asarray(bits[0, :6].view(jnp.bfloat16)), None, np.float64(seed)],
+        "opt": [jnp.asarray(bits[0, :6].view(jnp.bfloat16)), None, np.float32(seed)],
         "epoch": seed,
     }
 

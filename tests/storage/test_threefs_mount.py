@@ -39,7 +39,7 @@ def test_the_mount_is_known_by_its_type(place, threefs_mount):
         usrbio=True,
         cluster="stage",
     )
-    _, system, abilities, _ = storage_lines(threefs_mount)
+    _, system, abilities, *_ = storage_lines(threefs_mount)
     assert system == f"  fuse.hf3fs at {threefs_mount} (hf3fs.stage), 1.0 GiB free"
     assert abilities.endswith("USRBIO: yes, usr.readonly=false, usr.attr_timeout=30")
 

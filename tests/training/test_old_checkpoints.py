@@ -6,6 +6,7 @@ import orbax.checkpoint as ocp
 
 from whalejax.checkpoint import CheckpointStore, import_orbax, read_orbax
 from whalejax.parallel.mesh import MeshConfig, make_mesh
+from whalejax.training.checkpoints import Checkpoints
 from whalejax.training.optimizer import OptimizerConfig
 from whalejax.training.step import StepConfig, abstract_state
 
@@ -41,3 +42,22 @@ def test_an_old_run_is_read_onto_another_mesh_and_imported(micro, tmp_path):
         for old, new, wanted in zip(*map(jax.tree.leaves, (before, found, other)), strict=True):
             assert new.sharding == wanted.sharding and new.dtype == old.dtype
             assert np.asarray(new).tobytes() == np.asarray(old).tobytes()
+
+
+def test_training_goes_on_from_them_and_writes_ours(micro, tmp_path):
+    abstract = abstract_state(micro, CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
+    before = state(abstract)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    with ocp.CheckpointManager(tmp_path / "checkpoints", options=options) as manager:
+        manager.save(3, args=ocp.args.StandardSave(before))
+    with Checkpoints(tmp_path, micro) as checkpoints:
+        assert checkpoints.latest() == 3
+        after = checkpoints.restore(3, abstract)
+        checkpoints.save(3, after)  # nothing was left to do: it is there
+        checkpoints.save(4, after)
+    with Checkpoints(tmp_path, micro) as checkpoints:
+        assert checkpoints.latest() == 4
+        found = checkpoints.restore(4, abstract)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(found), strict=True):
+        assert np.asarray(new).tobytes() == np.asarray(old).tobytes()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]

@@ -8,12 +8,11 @@ from typing import Annotated, Any
 import tyro
 
 from whalejax.checkpoint.manifest import Manifest
-from whalejax.checkpoint.store import CheckpointStore
+from whalejax.checkpoint.store import RUN_FOLDER, CheckpointStore
 from whalejax.checkpoint.verifying import find_manifest
 from whalejax.cli import parse
 from whalejax.progress import progress
 
-RUN_FOLDER = "checkpoints"  # below the folder of a training run
 FAULTS = 1  # exit code of `verify` while there is damage
 UNLIMITED = 1000  # columns of a table that goes into a file or another program
 ROUNDED_UP = 999.5  # from here on three digits are not enough

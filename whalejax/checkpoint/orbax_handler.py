@@ -72,7 +72,8 @@ class WhaleHandler(ocp.AsyncCheckpointHandler):
         plan, meeting, target = self._prepared(directory, args)
         with self._lock:
             arena = self._arenas.pop() if self._arenas else Arena()
-        snapshot = take_snapshot(plan, meeting.process, arena)
+        with meeting.attended():
+            snapshot = take_snapshot(plan, meeting.process, arena)
 
         async def write() -> None:
             try:

@@ -153,7 +153,7 @@ def _read_like(checkpointer: ocp.Checkpointer, folder: str, stored: Any, like: A
     """The leaves that `like` names, which are asked for in the structure that Orbax stored: it
     holds lists of another length against a subtree, and leaves out in silence what it lacks."""
     wanted, leaves = dict(named(like)), named(stored, is_leaf=_is_metadata)
-    check(_as_manifest(dict(leaves), wanted), wanted)
+    check(_as_manifest(dict(leaves), wanted), wanted, {})
     abstract = [_placed(wanted[n]) if n in wanted else ocp.PLACEHOLDER for n, _ in leaves]
     item = jax.tree.unflatten(jax.tree.structure(stored, is_leaf=_is_metadata), abstract)
     arguments = ocp.checkpoint_utils.construct_restore_args(item)

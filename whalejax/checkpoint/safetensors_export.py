@@ -13,7 +13,7 @@ from whalejax.checkpoint.reading import host_array, read_parts
 from whalejax.checkpoint.restoring import whole
 from whalejax.checkpoint.safetensors_names import Note, dotted, undotted
 from whalejax.checkpoint.store import CheckpointStore
-from whalejax.checkpoint.tree import ROOT, is_key, take_apart
+from whalejax.checkpoint.tree import ROOT, is_key, part_of, take_apart
 from whalejax.kernels.quantization import QuantizedArray
 from whalejax.kernels.quantization.array import scales_shape
 from whalejax.storage.replacement import replacing
@@ -170,12 +170,8 @@ def _of_step(store: CheckpointStore, step: int | None) -> _Source:
 def _below(source: _Source, subtree: str) -> _Source:
     """The leaves below a node, named from there."""
     everything = [*source.specs, *source.refused, *source.values, *source.quantized]
-    root = f"{ROOT}/" if subtree in source.quantized else ""
-    held = {
-        n: root + n.removeprefix(f"{subtree}/")
-        for n in everything
-        if f"{n}/".startswith(f"{subtree}/")
-    }
+    below = f"{subtree}/"
+    held = {n: n.removeprefix(below) for n in everything if f"{n}/".startswith(below)}
     held |= {subtree: ROOT} if subtree in held else {}
     if not held:
         there = ", ".join(dict.fromkeys(n.split("/")[0] for n in everything))
@@ -211,7 +207,8 @@ def _tensors(source: _Source, name: Callable[[str], str]) -> dict[str, _Tensor]:
     """All tensors by name, in the tree's order."""
     found: list[tuple[str, _Tensor]] = []
     for leaf, spec in source.specs.items():
-        node, _, part = leaf.rpartition("/")
+        above, _, part = leaf.rpartition("/")
+        node = above or ROOT
         if node not in source.quantized:
             found.append((name(leaf), _Tensor(leaf, spec, lambda leaf=leaf: source.read(leaf))))
         elif part == "values":
@@ -223,17 +220,19 @@ def _tensors(source: _Source, name: Callable[[str], str]) -> dict[str, _Tensor]:
 
 
 def _of_quantized(source: _Source, node: str, name: str) -> list[tuple[str, _Tensor]]:
-    static, values = source.quantized[node], source.specs[f"{node}/values"]
-    tile, (scales_dtype, _) = tuple(static["tile"]), source.specs[f"{node}/scales"]
+    static, values = source.quantized[node], source.specs[part_of(node, "values")]
+    tile, (scales_dtype, _) = tuple(static["tile"]), source.specs[part_of(node, "scales")]
 
     def scales() -> np.ndarray:
         return QuantizedArray(
             jax.ShapeDtypeStruct(values[1], values[0]),
-            source.read(f"{node}/scales"),
+            source.read(part_of(node, "scales")),
             tile,
             scales_by_column=static["scales_by_column"],
         ).scales
 
-    of_values = _Tensor(node, values, lambda: source.read(f"{node}/values"), tile)
-    of_scales = _Tensor(f"{node}/scales", (scales_dtype, scales_shape(values[1], tile)), scales)
+    of_values = _Tensor(node, values, lambda: source.read(part_of(node, "values")), tile)
+    of_scales = _Tensor(
+        part_of(node, "scales"), (scales_dtype, scales_shape(values[1], tile)), scales
+    )
     return [(name, of_values), (name + SCALE_SUFFIX, of_scales)]

@@ -9,7 +9,7 @@ import numpy as np
 
 from whalejax.checkpoint.safetensors_names import Note, read_note, undotted
 from whalejax.checkpoint.store import CheckpointStore
-from whalejax.checkpoint.tree import nested
+from whalejax.checkpoint.tree import nested, part_of
 from whalejax.kernels.quantization.array import scales_shape
 from whalejax.storage.safetensors_files import (
     SCALE_SUFFIX,
@@ -89,8 +89,8 @@ def read_safetensors(
             leaves[leaf] = arrays[tensor]
             continue
         quantized[leaf] = {"tile": tiles[tensor], "scales_by_column": False}
-        leaves[f"{leaf}/values"] = arrays[tensor]
-        leaves[f"{leaf}/scales"] = arrays[tensor + SCALE_SUFFIX].astype(np.float32)
+        leaves[part_of(leaf, "values")] = arrays[tensor]
+        leaves[part_of(leaf, "scales")] = arrays[tensor + SCALE_SUFFIX].astype(np.float32)
     return nested(leaves, quantized)
 
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from whalejax.checkpoint.tree import VALUES, joined, keys_of
+from whalejax.checkpoint.tree import ROOT, VALUES, joined, keys_of
 from whalejax.storage.safetensors_files import read_metadata
 
 NOTE = "whalejax"  # the text in a file's header
@@ -56,8 +56,8 @@ def _check(note: Note) -> None:
 
 
 def dotted(leaf: str) -> str:
-    """The tensor's name of a leaf: its keys with dots between."""
-    return ".".join(keys_of(leaf))
+    """The tensor's name of a leaf: its keys with dots between; of a lone one nothing."""
+    return "" if leaf == ROOT else ".".join(keys_of(leaf))
 
 
 def undotted(tensor: str) -> str:

@@ -17,6 +17,9 @@ from whalejax.checkpoint.snapshot import Arena, take_snapshot
 from whalejax.checkpoint.verifying import Report, verify
 from whalejax.checkpoint.writing import DELETING, SAVING, Target
 
+START_TIMEOUT_S = 600.0  # between processes that begin a job: some load or compile longer
+RUN_FOLDER = "checkpoints"  # of a training run's folder, where its checkpoints lie
+
 
 def _ignore(nbytes: int) -> None:
     pass
@@ -93,7 +96,8 @@ class CheckpointStore:
         plan = make_plan(tree, extent_bytes=self.extent_bytes)
         title = f"saving step {step} to {self.place.url}"
         meeting = Meeting(title, self.timeout_s)
-        snapshot = take_snapshot(plan, meeting.process, None if block else self._arena)
+        with meeting.attended():  # large first snapshots take longer than others wait
+            snapshot = take_snapshot(plan, meeting.process, None if block else self._arena)
         plan = plan.without_arrays()  # which may be freed while what was copied is written
         target = Target(self.place, str(step))
 
@@ -127,7 +131,8 @@ class CheckpointStore:
 
     def latest(self) -> int | None:
         """The newest step, the same in all processes; None without any."""
-        meeting = Meeting(f"looking for checkpoints in {self.place.url}", self.timeout_s)
+        title = f"looking for checkpoints in {self.place.url}"
+        meeting = Meeting(title, max(self.timeout_s, START_TIMEOUT_S))
         steps = self.steps() if meeting.process == 0 else []
         answer = meeting.first_says(str(steps[-1]) if steps else "")
         return int(answer) if answer else None

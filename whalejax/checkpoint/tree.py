@@ -94,6 +94,11 @@ def keys_of(name: str) -> list[str]:
     return [_unquoted(key) for key in name.split("/")]
 
 
+def part_of(node: str, part: str) -> str:
+    """The name of an array of a QuantizedArray."""
+    return part if node == ROOT else f"{node}/{part}"
+
+
 def nested(leaves: dict[str, Any], quantized: dict[str, dict[str, Any]]) -> Any:
     """Nested dicts of named leaves; QuantizedArrays are put together again."""
     if ROOT in leaves:

@@ -6,18 +6,20 @@ from typing import Any
 import jax
 from flax import nnx
 
+from whalejax import checkpoint
 from whalejax.checkpoint import CheckpointStore
+from whalejax.checkpoint.orbax_folders import hint, orbax_steps
+from whalejax.checkpoint.store import RUN_FOLDER
 from whalejax.kernels.accumulation import accumulator
 from whalejax.model.config import ModelConfig
 from whalejax.model.decoder import Decoder
 from whalejax.model.parameters import RouterBias
-from whalejax.parallel.runtime import is_first
+from whalejax.parallel.runtime import heard_by_all, is_first
 from whalejax.progress import stage
 from whalejax.training.step import TrainState
 from whalejax.weights.config_json import parse_config, write_config
 
 KEPT = 2  # newest checkpoints of a run
-FOLDER = "checkpoints"  # of them, in the run's
 
 
 class Checkpoints:
@@ -32,7 +34,11 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, model: ModelConfig):
-        self._store = CheckpointStore(run / FOLDER, keep=KEPT)
+        self._store = CheckpointStore(run / RUN_FOLDER, keep=KEPT)
+        old = orbax_steps(self._store.place) if is_first() else {}  # of runs before this format
+        told = heard_by_all(str(max(old)) if old else "")
+        self._of_orbax = int(told) if told else None
+        self._newest = self.latest()
         self._metadata = {"config": write_config(model, dtype="float32", fp8=False)}
 
     def __enter__(self) -> "Checkpoints":
@@ -43,7 +49,9 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest complete step, None without any."""
-        return self._store.latest()
+        steps = [step for step in (self._store.latest(), self._of_orbax) if step is not None]
+        self._newest = max(steps, default=None)
+        return self._newest
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves; training may go on, and donate the state, once this returns.
@@ -53,10 +61,12 @@ class Checkpoints:
         try:
             self.wait()
         except OSError as error:
+            self._newest = None
             if is_first():
                 stage(f"{error}; training goes on")
-        if step != self._store.latest():
+        if step != self._newest:
             self._store.save(step, state, metadata=self._metadata)
+            self._newest = step
 
     def wait(self) -> None:
         """Waits for the save that is under way.
@@ -72,12 +82,14 @@ class Checkpoints:
         Raises:
           DamagedError: something of it is not as it was written.
         """
+        if step == self._of_orbax:
+            return checkpoint.read_orbax(self._store.place.url, step, abstract)
         return self._store.restore(step, abstract)
 
 
 def is_run(path: Path) -> bool:
     """Whether a folder is that of a training run."""
-    return (path / FOLDER).is_dir()
+    return (path / RUN_FOLDER).is_dir()
 
 
 def read_model_config(run: Path) -> ModelConfig:
@@ -116,8 +128,10 @@ def load_model(run: Path, dtype: Any = None) -> Decoder:
 
 
 def _newest(run: Path) -> tuple[CheckpointStore, int, ModelConfig]:
-    store = CheckpointStore(run / FOLDER)
+    store = CheckpointStore(run / RUN_FOLDER)
     step = store.latest()
     if step is None:
-        raise FileNotFoundError(f"{run / FOLDER} holds no complete checkpoint")
+        raise FileNotFoundError(
+            f"{run / RUN_FOLDER} holds no complete checkpoint{hint(store.place)}"
+        )
     return store, step, parse_config(store.manifest(step).metadata["config"])
