@@ -25,10 +25,11 @@ from whalejax import storage
 from whalejax.bench import report
 from whalejax.bench.report import Bench
 from whalejax.checkpoint import CheckpointStore
-from whalejax.checkpoint.restoring import host_array
+from whalejax.storage.memory import host_array
 
 THREADS = 4  # of raw files
 PLACES = {"tmpfs": Path("/dev/shm"), "disk": Path()}
+PAUSE_S = 0.2  # in which the disk forgets what was deleted
 FRESH = "fresh"  # restored into memory of the restored arrays' own
 POOLED = "pooled"  # into memory that was used before
 Tree = dict[str, jax.Array]
@@ -120,11 +121,11 @@ def ours(folder: Path, tree: Tree, room: dict[str, np.ndarray]) -> list[Candidat
         remove(folder)
 
     return [
-        Candidate("save in the back", "whalejax", lambda: store.save(0, tree), prepare, store.wait),
         Candidate("write", "whalejax", lambda: store.save(0, tree, block=True), prepare),
         Candidate(f"read {POOLED}", "whalejax", restore(room)),
         Candidate(f"read {POOLED}", "whalejax, no checksums", restore(room, verify=False)),
         Candidate(f"read {FRESH}", "whalejax", restore(abstract)),
+        Candidate("save in the back", "whalejax", lambda: store.save(0, tree), prepare, store.wait),
     ]
 
 
@@ -218,38 +219,57 @@ def wrong_bytes(tree: Tree, found: Any) -> int | None:
     return sum(int((a.view(np.uint8) != b.view(np.uint8)).sum()) for a, b in views)
 
 
-def measure(bench: Bench, case: str, tree: Tree, found: list[Candidate]) -> None:
-    """Times candidates in turn and keeps a row of each; the first round warms up."""
+def measure(
+    bench: Bench, case: str, tree: Tree, groups: dict[Path | None, list[Candidate]]
+) -> None:
+    """Times candidates in turn and keeps a row of each; the first round warms up.
+
+    Those of a group share a folder, which is deleted after their turn: memory holds one of them.
+    """
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    wrong: dict[tuple[str, str], int | None] = {}
     nbytes = sum(leaf.nbytes for leaf in tree.values())
-    seconds: dict[int, list[tuple[float, float]]] = {i: [] for i in range(len(found))}
-    wrong: dict[int, int | None] = {}
     for turn in range(bench.arguments.rounds + 1):
-        for i, candidate in enumerate(found):
-            candidate.prepare()
-            cpu, begin = time.process_time(), time.perf_counter()
-            result = candidate.run()
-            wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
-            candidate.finish()
-            if turn:
-                seconds[i].append((wall, cpu))
-            else:
-                wrong[i] = wrong_bytes(tree, result)
-            del result
-    for i, candidate in enumerate(found):
-        wall = statistics.median(w for w, _ in seconds[i])
-        cpu = statistics.median(c for _, c in seconds[i])
+        for folder, candidates in groups.items():
+            for candidate in candidates:
+                key = (candidate.op, candidate.name)
+                *found, result = time_once(candidate)
+                if turn:
+                    times.setdefault(key, []).append(found)
+                else:
+                    wrong[key] = wrong_bytes(tree, result)
+                del result
+            if folder is not None:
+                remove(folder)
+    for (op, name), pairs in times.items():
+        walls, cpus = zip(*pairs, strict=True)
+        wall = statistics.median(walls)
         bench.keep(
             {
-                "op": candidate.op,
+                "op": op,
                 "case": case,
-                "implementation": candidate.name,
+                "implementation": name,
                 "seconds": round(wall, 4),
-                "spread_s": round(max(w for w, _ in seconds[i]) - min(w for w, _ in seconds[i]), 4),
+                "spread_s": round(max(walls) - min(walls), 4),
                 "gbs": round(nbytes / wall / 1e9, 2),
-                "cpu_s_per_gib": round(cpu / nbytes * 2**30, 3),
-                "wrong_bytes": wrong[i],
+                "cpu_s_per_gib": round(statistics.median(cpus) / nbytes * 2**30, 3),
+                "wrong_bytes": wrong[op, name],
             }
         )
+
+
+def time_once(candidate: Candidate) -> tuple[float, float, Any]:
+    """Seconds of one run, those of all CPUs, and what it returned."""
+    candidate.prepare()
+    os.sync()
+    time.sleep(PAUSE_S)
+    if candidate.op.startswith("read"):
+        candidate.run()  # what was just written is slower to read for the first time
+    cpu, begin = time.process_time(), time.perf_counter()
+    result = candidate.run()
+    wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    candidate.finish()
+    return wall, cpu, result
 
 
 def table(rows: list[dict[str, Any]]) -> None:
@@ -289,17 +309,20 @@ def main(args: Sequence[str] | None = None) -> None:
     bench = Bench("storage", parser.parse_args(args), args)
     tree = draw(bench.arguments.arrays, bench.arguments.mib * 2**20)
     room = pooled(tree)
-    measure(bench, "memory", tree, copies(tree, room))
+    measure(bench, "memory", tree, {None: copies(tree, room)})
     plain = {"use_ocdbt": False, "use_zarr3": True, "use_compression": False}
     for case in PLACES:
         folder = getattr(bench.arguments, case) / f".whalejax-bench-{os.getpid()}"
+        folders = [folder / name for name in ("raw", "whalejax", "tensorstore", "orbax", "plain")]
+        groups = {
+            folders[0]: raw(folders[0], tree, room),
+            folders[1]: ours(folders[1], tree, room),
+            folders[2]: tensorstores(folders[2], tree, room),
+            folders[3]: orbax(folders[3], tree, "Orbax"),
+            folders[4]: orbax(folders[4], tree, "Orbax uncompressed", **plain),
+        }
         try:
-            found = raw(folder / "raw", tree, room)
-            found += ours(folder / "whalejax", tree, room)
-            found += tensorstores(folder / "tensorstore", tree, room)
-            found += orbax(folder / "orbax", tree, "Orbax")
-            found += orbax(folder / "plain", tree, "Orbax uncompressed", **plain)
-            measure(bench, case, tree, found)
+            measure(bench, case, tree, groups)
         finally:
             remove(folder)
     table(bench.rows)

@@ -11,8 +11,9 @@ import numpy as np
 from whalejax.checkpoint.faults import DamagedError
 from whalejax.checkpoint.layout import ArrayLayout, Box, lengths
 from whalejax.checkpoint.manifest import Manifest, StoredArray
-from whalejax.checkpoint.reading import Part, host_array, read_parts
+from whalejax.checkpoint.reading import Part, read_parts
 from whalejax.storage import Place
+from whalejax.storage.memory import host_array
 
 TURN_BYTES = 2**28  # of each of the two checkpoints, on the host at once; or one extent
 

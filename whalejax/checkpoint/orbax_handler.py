@@ -28,9 +28,10 @@ from whalejax.checkpoint.planning import EXTENT_BYTES, Plan, make_plan
 from whalejax.checkpoint.processes import TIMEOUT_S, Meeting
 from whalejax.checkpoint.restoring import restore_like, restore_nested
 from whalejax.checkpoint.saving import save
-from whalejax.checkpoint.snapshot import Arena, Snapshot, take_snapshot
+from whalejax.checkpoint.snapshot import Snapshot, take_snapshot
 from whalejax.checkpoint.tree import nested, take_apart
 from whalejax.checkpoint.writing import Target
+from whalejax.storage.memory import Arena
 
 
 class ItemMetadata(NamedTuple):

@@ -1,7 +1,6 @@
 """What is to be written of a tree, and which process writes which extent."""
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ from whalejax.checkpoint.layout import ArrayLayout, Index, choose_chunk
 from whalejax.checkpoint.tree import Leaves, is_key, take_apart
 
 EXTENT_BYTES = 2**24  # of 4 to 32 MiB that serve a FUSE mount best
-ALIGNMENT = 4096  # of an extent in memory: pages, as O_DIRECT and shared-memory rings want them
 
 
 class Extent(NamedTuple):
@@ -131,8 +129,3 @@ def shard_corner(layout: ArrayLayout, shard: tuple[int, ...], index: Index) -> t
     return tuple(
         i * chunk // size * size for i, chunk, size in zip(index, layout.chunk, shard, strict=True)
     )
-
-
-def padded(size: int) -> int:
-    """Bytes up to the next extent in memory."""
-    return math.ceil(size / ALIGNMENT) * ALIGNMENT

@@ -8,15 +8,15 @@ an extent that is damaged reaches an array that is returned.
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from whalejax.checkpoint.faults import DamagedError, Fault
 from whalejax.checkpoint.layout import Box, Index, extent_file, lengths, overlap, within
 from whalejax.checkpoint.manifest import StoredArray
-from whalejax.checkpoint.planning import ALIGNMENT
 from whalejax.storage import Place, Running
+from whalejax.storage.memory import host_array
 
 
 class Part(NamedTuple):
@@ -33,14 +33,6 @@ class _Read(NamedTuple):
     array: StoredArray
     index: Index
     parts: list[Part]
-
-
-def host_array(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """An uninitialised array that begins on a page, which JAX on a CPU takes over as it is."""
-    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    room = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    return room[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def read_parts(

@@ -10,11 +10,10 @@ from jax.sharding import SingleDeviceSharding
 
 from whalejax.checkpoint.layout import Box, lengths
 from whalejax.checkpoint.manifest import Manifest, StoredArray
-from whalejax.checkpoint.planning import padded
-from whalejax.checkpoint.reading import Part, host_array, read_parts
-from whalejax.checkpoint.snapshot import Arena
+from whalejax.checkpoint.reading import Part, read_parts
 from whalejax.checkpoint.tree import VALUES, is_key, named, nested, quantized_in
 from whalejax.storage import Place
+from whalejax.storage.memory import Arena, host_array, padded
 
 # Host memory for what goes on to other devices: two such buffers, one filled while the other is
 # sent; larger only where one array's parts are.

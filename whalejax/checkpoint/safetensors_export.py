@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from whalejax.checkpoint.manifest import Manifest
-from whalejax.checkpoint.reading import host_array, read_parts
+from whalejax.checkpoint.reading import read_parts
 from whalejax.checkpoint.restoring import whole
 from whalejax.checkpoint.safetensors_names import Note, dotted, undotted
 from whalejax.checkpoint.store import CheckpointStore
 from whalejax.checkpoint.tree import ROOT, is_key, part_of, take_apart
 from whalejax.kernels.quantization import QuantizedArray
 from whalejax.kernels.quantization.array import scales_shape
+from whalejax.storage.memory import host_array
 from whalejax.storage.replacement import replacing
 from whalejax.storage.safetensors_files import (
     INDEX,

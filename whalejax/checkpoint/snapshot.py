@@ -10,41 +10,16 @@ from jax.sharding import SingleDeviceSharding
 
 from whalejax.checkpoint.layout import ArrayLayout, within
 from whalejax.checkpoint.planning import (
-    ALIGNMENT,
     Extent,
     Plan,
     corner,
-    padded,
     shard_corner,
     shard_shape,
 )
+from whalejax.storage.memory import Arena, padded
 
 COPY_THREADS = 4  # two already saturate the memory of the machine that this was measured on
 COPY_BYTES = 2**22  # a turn of a thread
-
-
-class Arena:
-    """Host memory that one snapshot after the other uses.
-
-    It grows to the largest snapshot and stays: memory that was never touched costs ten times as
-    much to write as memory that was.
-    """
-
-    def __init__(self):
-        self._bytes = np.empty(0, np.uint8)
-
-    @property
-    def nbytes(self) -> int:
-        """What it holds on to."""
-        return self._bytes.nbytes
-
-    def reserve(self, nbytes: int) -> np.ndarray:
-        """`u8[nbytes]` that begins on a page; what was reserved before is no longer one's own."""
-        if nbytes + ALIGNMENT > self._bytes.nbytes:
-            self._bytes = np.empty(0, np.uint8)  # first give the old one back
-            self._bytes = np.empty(nbytes + ALIGNMENT, np.uint8)
-        start = -self._bytes.ctypes.data % ALIGNMENT
-        return self._bytes[start : start + nbytes]
 
 
 @dataclasses.dataclass(frozen=True)

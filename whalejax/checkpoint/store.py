@@ -13,9 +13,10 @@ from whalejax.checkpoint.planning import EXTENT_BYTES, make_plan
 from whalejax.checkpoint.processes import TIMEOUT_S, Meeting
 from whalejax.checkpoint.restoring import restore_like, restore_nested
 from whalejax.checkpoint.saving import Background, save
-from whalejax.checkpoint.snapshot import Arena, take_snapshot
+from whalejax.checkpoint.snapshot import take_snapshot
 from whalejax.checkpoint.verifying import Report, verify
 from whalejax.checkpoint.writing import DELETING, SAVING, Target
+from whalejax.storage.memory import Arena
 
 START_TIMEOUT_S = 600.0  # between processes that begin a job: some load or compile longer
 RUN_FOLDER = "checkpoints"  # of a training run's folder, where its checkpoints lie
