@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from whalejax.checkpoint import planning
-from whalejax.checkpoint.planning import Extent, balance, make_plan, padded
+from whalejax.checkpoint.planning import Extent, balance, make_plan
+from whalejax.storage.memory import padded
 
 SEARCH = settings(max_examples=200, derandomize=True, deadline=None)
 
