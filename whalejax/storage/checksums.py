@@ -15,7 +15,7 @@ from whalejax.storage.polynomials import ORDER, logarithm, power, product
 LOCATABLE = ORDER // 8  # bytes, one less than 256 MiB: beyond, two positions have one checksum
 # Bytes that are still in a core's cache when they are used the next time; with smaller ones threads
 # wait for the GIL: 16 of them read 21 GB/s in pieces of 2 MiB, 15 of 1 MiB, 7 of 512 KiB.
-PIECE = 2**20
+PIECE = 2**21
 
 
 class Digest(NamedTuple):
