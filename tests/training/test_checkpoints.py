@@ -12,7 +12,9 @@ from whalejax.model.decoder import Decoder
 from whalejax.parallel.mesh import MeshConfig, make_mesh
 from whalejax.storage.files import Files
 from whalejax.training.checkpoints import Checkpoints, is_run, load_model, read_model_config
+from whalejax.training.metrics import read_metrics
 from whalejax.training.step import StepConfig, abstract_state, state_of
+from whalejax.weights import save_pretrained
 from whalejax.weights.config_json import parse_config, write_config
 
 
@@ -92,3 +94,35 @@ def test_a_run_without_a_checkpoint_is_told(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         load_model(tmp_path)
+
+
+TRAINS = """
+import sys
+from pathlib import Path
+from whalejax.training.optimizer import OptimizerConfig
+from whalejax.training.run import TrainConfig, train
+weights, text, out = map(Path, sys.argv[1:])
+train(TrainConfig(
+    out=out, from_pretrained=weights, data=text, steps=12, batch_size=4, length=16, save_every=2,
+    log_every=1, export=False, optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=2),
+))
+"""
+
+
+def test_training_goes_on_over_a_disk_that_fails_for_a_while(run_failing, micro, tmp_path):
+    """The whole command, below it a C library that fails fsync as a broken disk would."""
+    text = tmp_path / "words.txt"
+    text.write_text("the whale swims under a cold sea " * 200)
+    save_pretrained(Decoder(micro, rngs=nnx.Rngs(5)), tmp_path / "micro")
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    arguments = (tmp_path / "micro", text, tmp_path / "run")
+    done = run_failing(TRAINS, *arguments, below=folder, call="sync", at=900, times=1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert " ".join(done.stdout.split()).count("Input/output error") == 1
+    assert "training goes on" in " ".join(done.stdout.split())
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    with Checkpoints(tmp_path / "run", micro) as checkpoints:
+        assert checkpoints.latest() == 12
+    assert load_model(tmp_path / "run").config == micro
