@@ -21,6 +21,8 @@ from whalejax.storage.mounts import listed
 # of a file system that has nothing to do for a folder's fsync, or does not know it
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
+GOT_AT_ONCE = 2**16  # bytes of a small file, for which room is made before they are read
+
 
 class Files:
     """A `Place` in a file system.
@@ -86,7 +88,7 @@ class Files:
     def get(self, name: str) -> bytes:
         """As `Place.get`."""
         with _opened(self.root / name, os.O_RDONLY) as file:
-            return b"".join(iter(lambda: os.read(file, PIECE), b""))
+            return b"".join(iter(lambda: os.read(file, GOT_AT_ONCE), b""))
 
     def put(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
         """As `Place.put`: written beside its place, synchronised, renamed."""
