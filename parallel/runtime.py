@@ -97,20 +97,39 @@ def on_first(f: Callable, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(f"process 0 failed, and so the job: {message}")
 
 
-def heard_by_all(text: str) -> str:
+def heard_by_all(text: str, *, timeout_s: float = FIRST_TIMEOUT_S) -> str:
     """The first process's text; the others wait for it.
 
-    They wait by the coordinator, for FIRST_TIMEOUT_S: in a collective gloo waits half a minute.
+    They wait by the coordinator: in a collective gloo waits half a minute.
+
+    Raises:
+      TimeoutError: it said nothing for `timeout_s`, or its coordinator is gone.
     """
     if jax.process_count() == 1:
         return text
-    from jax._src.distributed import global_state  # the store that JAX itself uses to start up
-
     key = f"whalejax/first/{next(_calls)}"
     if is_first():
-        global_state.client.key_value_set(key, text)
+        key_value_store().key_value_set(key, text)
         return text
-    return global_state.client.blocking_key_value_get(key, FIRST_TIMEOUT_S * 1000)
+    try:
+        return key_value_store().blocking_key_value_get(key, int(timeout_s * 1000))
+    except Exception as error:  # of XLA's own class, which JAX does not make public
+        raise TimeoutError(
+            f"process 0 of {jax.process_count()} said nothing for {timeout_s:.0f} s "
+            f"({first_line(error)})"
+        ) from error
+
+
+def key_value_store() -> Any:
+    """Texts by key that all processes of the job share: JAX's own, by which it starts up."""
+    from jax._src.distributed import global_state
+
+    return global_state.client
+
+
+def first_line(error: BaseException) -> str:
+    """An error of the coordinator's without the details that follow."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def whole(tree: Any) -> Any:

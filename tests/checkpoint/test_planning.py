@@ -43,16 +43,20 @@ class Sharding:
         """As that of JAX."""
         return tuple(n // parts for n, parts in zip(shape, self.mesh[:-1], strict=True))
 
-    @functools.cache  # noqa: B019, as JAX keeps them
     def devices_indices_map(self, shape):
         """As that of JAX."""
-        found = {}
-        sizes = self.shard_shape(shape)
-        for number, place in enumerate(np.ndindex(self.mesh)):
-            found[Device(number, number // self.per_process)] = tuple(
-                slice(i * size, (i + 1) * size) for i, size in zip(place, sizes, strict=False)
-            )
-        return found
+        return indices_of(self, shape)
+
+
+@functools.cache  # as JAX keeps them
+def indices_of(sharding, shape):
+    found = {}
+    sizes = sharding.shard_shape(shape)
+    for number, place in enumerate(np.ndindex(sharding.mesh)):
+        found[Device(number, number // sharding.per_process)] = tuple(
+            slice(i * size, (i + 1) * size) for i, size in zip(place, sizes, strict=False)
+        )
+    return found
 
 
 class Array:

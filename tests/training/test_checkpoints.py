@@ -11,11 +11,12 @@ from whalejax.checkpoint import DamagedError
 from whalejax.model.decoder import Decoder
 from whalejax.parallel.mesh import MeshConfig, make_mesh
 from whalejax.storage.files import Files
-from whalejax.training.checkpoints import Checkpoints, is_run, load_model, read_model_config
+from whalejax.training.checkpoints import Checkpoints
 from whalejax.training.metrics import read_metrics
 from whalejax.training.step import StepConfig, abstract_state, state_of
 from whalejax.weights import save_pretrained
 from whalejax.weights.config_json import parse_config, write_config
+from whalejax.weights.runs import is_run, load_model, read_model_config
 
 
 @pytest.fixture(scope="module")

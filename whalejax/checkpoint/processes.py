@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import jax
+
+from whalejax.parallel.runtime import first_line, key_value_store
 
 TIMEOUT_S = 30.0  # without a sign of life; below the minute after which JAX ends the whole job
 BEATS = 10  # signs of life in that time
@@ -40,7 +41,7 @@ class Meeting:
         self.title, self.timeout_s = title, timeout_s
         self.process, self.num_processes = jax.process_index(), jax.process_count()
         self._prefix = f"whalejax/meeting/{next(_meetings)}"
-        self._client = _client() if self.num_processes > 1 else None
+        self._client = key_value_store() if self.num_processes > 1 else None
 
     @contextmanager
     def attended(self) -> Iterator[None]:
@@ -102,20 +103,12 @@ class Meeting:
                 )
             time.sleep(min(self.timeout_s / BEATS, 0.2))
 
-    def first_says(self, text: str) -> str:
-        """The first process's text, in all.
-
-        Raises:
-          MissingProcessError: it said nothing for `timeout_s`.
-        """
-        if self._client is None:
-            return text
-        key = f"{self._prefix}/first"
-        if self.process == 0:
-            self._client.key_value_set(key, text)
-            return text
-        with self._answering():
-            return self._client.blocking_key_value_get(key, int(self.timeout_s * 1000))
+    def forget(self, stage: str) -> None:
+        """Deletes what the first process alone reads, once it has: jobs hold many meetings."""
+        if self._client is not None:
+            with self._answering():
+                for kind in (stage, ALIVE):
+                    self._client.key_value_delete(f"{self._prefix}/{kind}/")
 
     def _set(self, kind: str, text: str) -> None:
         with self._answering():
@@ -132,14 +125,7 @@ class Meeting:
         try:
             yield
         except Exception as error:  # of XLA's own class, which JAX does not make public
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise MissingProcessError(
                 f"{self.title} failed: process 0 of {self.num_processes}, where the job's "
-                f"coordinator runs, did not answer within {self.timeout_s:.0f} s ({first_line})"
+                f"coordinator runs, does not answer ({first_line(error)})"
             ) from error
-
-
-def _client() -> Any:
-    from jax._src.distributed import global_state  # the store that JAX itself uses to start up
-
-    return global_state.client

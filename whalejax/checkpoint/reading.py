@@ -7,7 +7,7 @@ an extent that is damaged reaches an array that is returned.
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from whalejax.checkpoint.faults import DamagedError, Fault
 from whalejax.checkpoint.layout import Box, Index, extent_file, lengths, overlap, within
 from whalejax.checkpoint.manifest import StoredArray
+from whalejax.checkpoint.threads import run_all
 from whalejax.storage import Place, Running
 from whalejax.storage.memory import host_array
 
@@ -51,7 +52,7 @@ def read_parts(
       wanted: stored arrays by name, each with its parts; where a part's dtype is another than the
         array's, its elements are converted.
       verify: compare each extent's CRC32C.
-      progressed: called with the bytes of each extent that was read.
+      progressed: called, by one thread at a time, with the bytes of each extent that was read.
 
     Raises:
       DamagedError: extents are damaged or missing; names all of them. The parts' content is then
@@ -63,20 +64,20 @@ def read_parts(
         for name, (array, parts) in wanted.items()
         for index, touched in _touched(array, parts).items()
     ]
-    scratch = threading.local()
+    scratch, faults = threading.local(), {}
 
-    def read(one: _Read) -> Fault | None:
-        fault = _read(place, folder, one, scratch, verify=verify)
-        progressed(one.array.layout.extent_bytes)
-        return fault
+    def done(read: tuple[int, Fault | None]) -> None:
+        number, fault = read
+        progressed(reads[number].array.layout.extent_bytes)
+        if fault is not None:
+            faults[number] = fault
 
-    with ThreadPoolExecutor(place.workers) as threads:
-        try:
-            faults = [fault for fault in threads.map(read, reads) if fault is not None]
-        finally:
-            threads.shutdown(cancel_futures=True)
+    def read(number: int) -> tuple[int, Fault | None]:
+        return number, _read(place, folder, reads[number], scratch, verify=verify)
+
+    run_all([partial(read, number) for number in range(len(reads))], place.workers, done)
     if faults:
-        raise DamagedError(faults)
+        raise DamagedError([faults[number] for number in sorted(faults)])
 
 
 def _touched(array: StoredArray, parts: Sequence[Part]) -> dict[Index, list[Part]]:

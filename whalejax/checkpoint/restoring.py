@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from whalejax.checkpoint.faults import SHOWN
 from whalejax.checkpoint.layout import Box, lengths
 from whalejax.checkpoint.manifest import Manifest, StoredArray
 from whalejax.checkpoint.reading import Part, read_parts
@@ -185,7 +186,8 @@ def check(manifest: Manifest, wanted: dict[str, Any], quantized: dict[str, Any])
         if fault is not None:
             faults.append(f"{name} {fault}")
     if faults:
-        shown = "; ".join(faults[:20]) + (f"; and {len(faults) - 20} more" * (len(faults) > 20))
+        more = len(faults) - SHOWN
+        shown = "; ".join(faults[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
         what = "the item" if manifest.step is None else f"step {manifest.step}"
         raise ValueError(f"{what} cannot be restored so: {shown}")
 

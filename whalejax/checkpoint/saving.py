@@ -73,6 +73,7 @@ def save(
             meeting.report(COMMITTED, error)
             raise
         meeting.report(COMMITTED)
+        meeting.forget(WRITTEN)
         return manifest
 
 

@@ -1,7 +1,7 @@
 """The bytes of a tree as they were when it was saved, on the host."""
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from whalejax.checkpoint.planning import (
     shard_corner,
     shard_shape,
 )
+from whalejax.checkpoint.threads import run_all
 from whalejax.storage.memory import Arena, padded
 
 COPY_THREADS = 8  # copy 27 GB/s on 16 cores, where 4 copy 19
@@ -103,9 +104,7 @@ def _copied(
         targets[extent] = room[start : start + source.nbytes]
         turns += _turns(targets[extent], source, layouts[extent].dtype)
         start += padded(source.nbytes)
-    with ThreadPoolExecutor(COPY_THREADS) as threads:
-        for _ in threads.map(lambda turn: np.copyto(*turn), turns):
-            pass
+    run_all([partial(np.copyto, *turn) for turn in turns], COPY_THREADS, lambda _: None)
     return targets
 
 

@@ -16,6 +16,7 @@ from whalejax.checkpoint.saving import Background, save
 from whalejax.checkpoint.snapshot import take_snapshot
 from whalejax.checkpoint.verifying import Report, verify
 from whalejax.checkpoint.writing import DELETING, SAVING, Target
+from whalejax.parallel.runtime import heard_by_all, is_first
 from whalejax.storage.memory import Arena
 
 START_TIMEOUT_S = 600.0  # between processes that begin a job: some load or compile longer
@@ -131,11 +132,13 @@ class CheckpointStore:
         return sorted(step for step in found if self._is_complete(step))
 
     def latest(self) -> int | None:
-        """The newest step, the same in all processes; None without any."""
-        title = f"looking for checkpoints in {self.place.url}"
-        meeting = Meeting(title, max(self.timeout_s, START_TIMEOUT_S))
-        steps = self.steps() if meeting.process == 0 else []
-        answer = meeting.first_says(str(steps[-1]) if steps else "")
+        """The newest step, the same in all processes; None without any.
+
+        Raises:
+          TimeoutError: the first process did not tell the others.
+        """
+        newest = self.steps()[-1:] if is_first() else []
+        answer = heard_by_all("".join(map(str, newest)), timeout_s=START_TIMEOUT_S)
         return int(answer) if answer else None
 
     def manifest(self, step: int) -> Manifest:

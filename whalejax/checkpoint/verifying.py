@@ -7,7 +7,6 @@ in 32 MiB do. So a file is mended only if XXH3, which knows nothing of CRC32C, t
 import errno
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from whalejax.checkpoint.flips import flip_back, mend_seal, only_difference, tur
 from whalejax.checkpoint.layout import ArrayLayout, Index, extent_file, zarr_file, zarr_json
 from whalejax.checkpoint.manifest import MANIFEST, Manifest, decode
 from whalejax.checkpoint.reading import scratch_buffer
+from whalejax.checkpoint.threads import run_all
 from whalejax.storage import Digest, Place, Running
 
 BROKEN = ".broken"  # follows the name of a file where its broken copy is kept
@@ -64,8 +64,8 @@ def verify(
       folder: of it.
       repair: mend what can be mended with certainty. The broken file is kept beside it, durable
         before the mended one takes its place at once; an older broken copy of it is replaced.
-      progressed: called, from this thread, with the bytes of each extent that was read, and with 0
-        for the metadata of each array.
+      progressed: called, by one thread at a time, with the bytes of each extent that was read, and
+        with 0 for the metadata of each array.
 
     Raises:
       FileNotFoundError: there is no manifest, or no more.
@@ -121,19 +121,20 @@ def _verify_files(
 ) -> list[tuple[Fault, bool]]:
     """The faults of all files that a manifest names, settled by the thread that found them."""
 
-    def run(check: Check) -> tuple[Fault, bool] | None:
-        finding = check.call()
-        return None if finding is None else settle(finding)
+    checks, settled = list(_checks(place, folder, manifest)), {}
 
-    checks, findings = list(_checks(place, folder, manifest)), []
-    with ThreadPoolExecutor(place.workers) as threads:
-        try:
-            for check, found in zip(checks, threads.map(run, checks), strict=True):
-                progressed(check.nbytes)
-                findings += [] if found is None else [found]
-        finally:
-            threads.shutdown(cancel_futures=True)
-    return findings
+    def run(number: int) -> tuple[int, tuple[Fault, bool] | None]:
+        finding = checks[number].call()
+        return number, None if finding is None else settle(finding)
+
+    def done(found: tuple[int, tuple[Fault, bool] | None]) -> None:
+        number, fault = found
+        progressed(checks[number].nbytes)
+        if fault is not None:
+            settled[number] = fault
+
+    run_all([partial(run, number) for number in range(len(checks))], place.workers, done)
+    return [settled[number] for number in sorted(settled)]
 
 
 class Check(NamedTuple):

@@ -11,8 +11,8 @@ from whalejax.generation.engine import Engine, NewToken
 from whalejax.generation.sampling import SamplingConfig
 from whalejax.model.linear import PRECISIONS, Precision
 from whalejax.tokenizer import ByteTokenizer, Tokenizer, load
-from whalejax.training.checkpoints import is_run, load_model, read_model_config
 from whalejax.weights import check_pretrained, from_pretrained
+from whalejax.weights.runs import is_run, load_model, read_model_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
