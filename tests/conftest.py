@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -131,3 +132,37 @@ def small_disk(tmp_path):
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def in_processes() -> Iterator[Callable[..., list[subprocess.Popen]]]:
+    """Starts a script in several processes of one job, each on CPU devices of its own.
+
+    `in_processes(script, count, *arguments, devices=2)` calls `script NUMBER COUNT PORT *arguments`
+    for each number, PORT being free for the job's coordinator; `communicate` gives what a process
+    printed, and what it said of errors. None outlives the test.
+    """
+    started: list[subprocess.Popen] = []
+
+    def start(script: Path, count: int, *arguments: object, devices: int) -> list[subprocess.Popen]:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        job = [
+            subprocess.Popen(
+                [sys.executable, script, *map(str, (number, count, port, *arguments))],
+                env=environment,
+                text=True,
+                **pipes,
+            )
+            for number in range(count)
+        ]
+        started.extend(job)
+        return job
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()

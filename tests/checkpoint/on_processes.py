@@ -1,4 +1,4 @@
-"""One process of a job that saves and restores: `on_processes.py COORDINATOR COUNT NUMBER PLAN`.
+"""One process of a job that saves and restores: `on_processes.py NUMBER COUNT PORT PLAN`.
 
 PLAN is JSON: the store's `url`, the `timeout_s`, and which process is to be `killed` in the middle
 of its second save, or -1. Every process prints what became of each save, as JSON.
@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from whalejax.checkpoint import CheckpointStore
 from whalejax.checkpoint.manifest import MANIFEST
+from whalejax.checkpoint.saving import WRITTEN
+from whalejax.parallel.runtime import key_value_store
 
 SHAPE = (64, 48)
 
@@ -63,9 +65,9 @@ def whole_again(store, step, mesh):
     )
 
 
-def main(coordinator, count, number, plan):
+def main(number, count, port, plan):
     """Saves twice; looks at what is left."""
-    jax.distributed.initialize(coordinator, count, number, heartbeat_timeout_seconds=100)
+    jax.distributed.initialize(f"127.0.0.1:{port}", count, number, heartbeat_timeout_seconds=100)
     mesh = jax.make_mesh((count, 2), ("a", "b"))
     store = CheckpointStore(plan["url"], extent_bytes=512, timeout_s=plan["timeout_s"])
     store.save(1, tree(1, mesh))
@@ -85,6 +87,8 @@ def main(coordinator, count, number, plan):
     steps = [1, 2] if said == "saved" else [1]
     right = all(whole_again(store, step, mesh) for step in steps)
     left = {"said": said, "seconds": seconds, "right": right, "steps": store.steps()}
+    kept = key_value_store().key_value_dir_get("whalejax/meeting/")
+    left["reports_left"] = sum(f"/{WRITTEN}/" in key for key, _ in kept)
     left["complete"] = store.place.size(f"2/{MANIFEST}") is not None
     print(json.dumps(left), flush=True)
     if said != "saved":
@@ -93,4 +97,4 @@ def main(coordinator, count, number, plan):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
+    main(*map(int, sys.argv[1:4]), json.loads(sys.argv[4]))

@@ -2,10 +2,6 @@
 
 import collections
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -255,27 +251,10 @@ def test_a_folder_that_is_not_ours_is_told(tmp_path):
         WhaleHandler().restore(tmp_path)
 
 
-def test_two_processes_save_and_one_restores(tmp_path):
+def test_two_processes_save_and_one_restores(in_processes, tmp_path):
     script = Path(__file__).parent / "orbax_on_processes.py"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(PROCESSES), str(port), tmp_path],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        printed = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    processes = in_processes(script, PROCESSES, tmp_path, devices=2)
+    printed = ["".join(process.communicate(timeout=120)) for process in processes]
     assert [process.returncode for process in processes] == [0] * PROCESSES, printed
     expected = np.arange(64, dtype=np.float32).reshape(8, 8)
     with manager(tmp_path) as m:

@@ -1,10 +1,6 @@
 """Saving in 2 and 4 processes, one of them killed in the middle of it."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,36 +12,24 @@ SCRIPT = Path(__file__).parent / "on_processes.py"
 TIMEOUT_S = 5
 
 
-def run(url, count, killed=-1):
-    """Exit codes and what each process printed, a JSON object a line."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{s.getsockname()[1]}"
-    plan = json.dumps({"url": str(url), "timeout_s": TIMEOUT_S, "killed": killed})
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), coordinator, str(count), str(number), plan],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(count)
-    ]
-    try:
+@pytest.fixture
+def run(in_processes):
+    """Exit codes and what each process printed, a JSON object a line, and its errors."""
+
+    def start(url, count, killed=-1):
+        plan = json.dumps({"url": str(url), "timeout_s": TIMEOUT_S, "killed": killed})
+        processes = in_processes(SCRIPT, count, plan, devices=2)
         printed = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    lines = [
-        [json.loads(line) for line in out.splitlines() if line[0] == "{"] for out, _ in printed
-    ]
-    return [process.returncode for process in processes], lines, [err for _, err in printed]
+        lines = [
+            [json.loads(line) for line in out.splitlines() if line[0] == "{"] for out, _ in printed
+        ]
+        return [process.returncode for process in processes], lines, [err for _, err in printed]
+
+    return start
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_save_together_and_one_reads_it(tmp_path, count):
+def test_processes_save_together_and_one_reads_it(run, tmp_path, count):
     codes, lines, errors = run(tmp_path, count)
     assert codes == [0] * count, errors
     for first, second in lines:
@@ -53,6 +37,7 @@ def test_processes_save_together_and_one_reads_it(tmp_path, count):
         assert second["said"] == "saved"
         assert second["right"]
         assert second["steps"] == [1, 2]
+    assert lines[0][1]["reports_left"] == 0  # of what only the first process reads
     tree = CheckpointStore(tmp_path).restore(2)
     wanted = np.arange(64 * 48, dtype=np.float32).reshape(64, 48) + 2
     for name in ("both", "one", "none"):
@@ -62,7 +47,7 @@ def test_processes_save_together_and_one_reads_it(tmp_path, count):
 
 
 @pytest.mark.parametrize(("count", "killed"), [(2, 1), (4, 2)])
-def test_the_others_name_the_process_that_was_killed(tmp_path, count, killed):
+def test_the_others_name_the_process_that_was_killed(run, tmp_path, count, killed):
     codes, lines, errors = run(tmp_path, count, killed)
     assert codes == [-9 if number == killed else 3 for number in range(count)], errors
     for number, printed in enumerate(lines):
@@ -77,7 +62,7 @@ def test_the_others_name_the_process_that_was_killed(tmp_path, count, killed):
         assert not last["complete"]
 
 
-def test_the_others_end_where_the_first_process_is_killed(tmp_path):
+def test_the_others_end_where_the_first_process_is_killed(run, tmp_path):
     codes, lines, errors = run(tmp_path, 2, killed=0)
     assert codes[0] == -9
     assert codes[1] != 0, lines
