@@ -9,6 +9,7 @@ from flax import nnx
 
 from whalejax.checkpoint import DamagedError
 from whalejax.model.decoder import Decoder
+from whalejax.model.parameters import RouterBias
 from whalejax.parallel.mesh import MeshConfig, make_mesh
 from whalejax.storage.files import Files
 from whalejax.training.checkpoints import Checkpoints
@@ -80,6 +81,8 @@ def test_a_model_is_read_without_the_moments(tmp_path, micro, state):
     half = load_model(tmp_path, dtype="bfloat16")
     assert half.norm.dtype == "bfloat16"
     np.testing.assert_array_equal(half.lm_head[...], wanted.lm_head[...].astype("bfloat16"))
+    biases = jax.tree.leaves(nnx.state(half, RouterBias))
+    assert biases and all(bias.dtype == "float32" for bias in biases)  # as it was trained
     with Checkpoints(tmp_path, micro) as checkpoints:
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         abstract = abstract_state(micro, StepConfig(steps=10), mesh)
