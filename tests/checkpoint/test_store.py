@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from whalejax.checkpoint import CheckpointStore
+from whalejax.checkpoint.threads import Ending
 
 
 def test_arrays_may_be_donated_and_changed_once_save_returns(store, spied, mesh):
@@ -89,7 +90,7 @@ def test_an_interrupted_wait_forgets_no_save(store, spied, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "join", interrupted)
+        patched.setattr(Ending, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.wait()
     threading.Timer(0.1, spied.open.set).start()

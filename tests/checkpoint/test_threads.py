@@ -1,5 +1,7 @@
 """Calls in threads: as many at once as told, each once, none after one that failed."""
 
+import subprocess
+import sys
 import threading
 from functools import partial
 
@@ -70,3 +72,46 @@ def test_all_calls_have_ended_when_the_error_is_raised():
     with pytest.raises(ValueError, match="at once"):
         run_all([late, fail], 2, lambda _: None)
     assert slow.is_set()
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import numpy as np
+from whalejax.checkpoint import CheckpointStore
+from whalejax.checkpoint.threads import run_all
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def interrupted(call):
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        call()
+    except KeyboardInterrupt:
+        return
+    raise SystemExit("was not interrupted")
+
+
+ended = []
+interrupted(lambda: run_all([lambda: time.sleep(1) or ended.append(1)], 1, lambda _: None))
+print(len(ended))  # no call goes on behind the back of who was interrupted
+store = CheckpointStore(sys.argv[1])
+write = store.place.write
+store.place.write = lambda *args: time.sleep(1) or write(*args)
+store.save(1, {"w": np.ones(3)})
+interrupted(store.wait)
+store.wait()
+print(store.steps())
+store.save(2, {"w": np.ones(3)})
+interrupted(store.wait)
+store.__exit__(KeyboardInterrupt)
+print(store.steps())
+"""
+
+
+def test_what_is_under_way_when_ctrl_c_comes_is_waited_for_again(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, tmp_path], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:3] == ["1", "[1]", "[1, 2]"]

@@ -1,7 +1,6 @@
 """A save under way: in a thread of its own, together with those of the job's other processes."""
 
 import atexit
-import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +10,7 @@ from whalejax.checkpoint.manifest import Manifest
 from whalejax.checkpoint.planning import Plan
 from whalejax.checkpoint.processes import Meeting, MissingProcessError
 from whalejax.checkpoint.snapshot import Snapshot
+from whalejax.checkpoint.threads import Ending
 from whalejax.checkpoint.writing import (
     Digests,
     Target,
@@ -111,8 +111,7 @@ class Background:
 
     def __init__(self, call: Callable[[], Any], name: str):
         self._call, self._error = call, None
-        self._thread = threading.Thread(target=self._run, name=name)
-        self._thread.start()
+        self._thread = Ending(self._run, name)
         atexit.register(self._tell)  # which Python calls once all threads have ended
 
     def _run(self) -> None:
@@ -127,7 +126,7 @@ class Background:
 
     def join(self) -> None:
         """Waits for its end."""
-        self._thread.join()
+        self._thread.wait()
 
     def wait(self) -> None:
         """Waits for its end.
@@ -135,7 +134,7 @@ class Background:
         Raises:
           BaseException: what it raised, once.
         """
-        self._thread.join()
+        self._thread.wait()
         atexit.unregister(self._tell)
         error, self._error = self._error, None
         if error is not None:

@@ -7,6 +7,32 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
+class Ending:
+    """A thread that begins at once, and whose end can be waited for again.
+
+    Until Python 3.13 a thread counts as ended once a Ctrl-C has interrupted its `join`.
+
+    Args:
+      call: what it does; it raises nothing.
+      name: of the thread.
+    """
+
+    def __init__(self, call: Callable[[], None], name: str | None = None):
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(call,), name=name)
+        self._thread.start()
+
+    def _run(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        finally:
+            self._ended.set()
+
+    def wait(self) -> None:
+        """Waits for its end."""
+        self._ended.wait()
+
+
 def run_all(
     calls: Sequence[Callable[[], Result]], num_threads: int, done: Callable[[Result], None]
 ) -> None:
@@ -42,15 +68,13 @@ def run_all(
                 errors.append(error)
                 over.set()
 
-    threads = [threading.Thread(target=work) for _ in range(min(num_threads, len(calls)))]
-    for thread in threads:
-        thread.start()
+    threads = [Ending(work) for _ in range(min(num_threads, len(calls)))]
     try:
         for thread in threads:
-            thread.join()
+            thread.wait()
     finally:
         over.set()  # also when the wait was interrupted
         for thread in threads:
-            thread.join()
+            thread.wait()
     if errors:
         raise errors[0]
