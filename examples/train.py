@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--mesh", type=MeshConfig.parse, default=MeshConfig())
     parser.add_argument("--overlap", action="store_true", help="over several ranks of experts")
     parser.add_argument("--capacity-factor", type=float, help="of the rows of a rank")
+    parser.add_argument("--exchange", help="method of parallel.expert.dispatch")
     parser.add_argument("--schedule", default="dualpipe", help="of the ranks of the axis stage")
     parser.add_argument("--microbatches", type=int, help="of the pipeline")
     parser.add_argument("--chunks-per-rank", type=int, default=1, help="of interleaved")
@@ -53,6 +54,7 @@ def main() -> None:
             mesh=mesh if mesh.size > 1 else None,
             overlap=args.overlap,
             capacity_factor=args.capacity_factor,
+            exchange=args.exchange,
         ),
         pipeline=PipelineConfig(
             schedule=args.schedule,

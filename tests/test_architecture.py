@@ -21,6 +21,7 @@ ARROWS = {
     "fp8_gemm": {"quantization"},
     "grouped_gemm": {"fp8_gemm", "quantization"},
     "mla": {"quantization"},
+    "peers": {"permutation"},
 }
 
 

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from whalejax.kernels.accumulation import accumulator
+from whalejax.kernels.backend import vary_like
 from whalejax.kernels.groups import aligned, exclusive_cumsum, group_of_tiles
 
 
@@ -65,8 +67,7 @@ def plan_permutation(
         )
     choices = topk_idx.size
     expert = jnp.where(topk_idx < 0, num_experts, topk_idx).reshape(-1).astype(jnp.int32)
-    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
-    rank = jnp.argsort(order).astype(jnp.int32)
+    order, rank = _sort(expert, num_experts)
     sizes = jnp.sum(expert[None] == jnp.arange(num_experts, dtype=jnp.int32)[:, None], axis=1)
     sizes = sizes.astype(jnp.int32)
     first = exclusive_cumsum(sizes)
@@ -90,6 +91,31 @@ def plan_permutation(
     plan = Permutation(row_of.reshape(topk_idx.shape), source, kept, overflow)
     # else XLA works a row's place out again for every element of it
     return jax.lax.optimization_barrier(plan)
+
+
+FEW_CHOICES = 8192  # a GPU compares all pairs of so many sooner than it sorts them
+
+
+def _sort(expert, num_experts):
+    """The choices in the order of their experts, and each one's place in it."""
+    key = expert.astype(np.min_scalar_type(num_experts))  # a GPU sorts by 8 bits at a time
+
+    def by_sorting(key):
+        order = jnp.argsort(key, stable=True).astype(jnp.int32)
+        return order, jnp.argsort(order).astype(jnp.int32)
+
+    def by_counting(key):
+        number = jnp.arange(key.size, dtype=jnp.int32)
+        before = (key[None] < key[:, None]) | (
+            (key[None] == key[:, None]) & (number[None] < number[:, None])
+        )
+        rank = jnp.sum(before, axis=1, dtype=jnp.int32)
+        return jnp.zeros_like(rank).at[rank].set(number, unique_indices=True), rank
+
+    if key.size > FEW_CHOICES:
+        return by_sorting(key)
+    ways = [lambda key, f=f: vary_like(f(key), key) for f in (by_counting, by_sorting)]
+    return jax.lax.platform_dependent(key, cuda=ways[0], default=ways[1])
 
 
 def num_rows(choices: int, num_experts: int, alignment: int) -> int:

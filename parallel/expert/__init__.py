@@ -1,6 +1,7 @@
 """Experts in parallel: where they live, and tokens to them and back, inside `jax.shard_map`."""
 
 from whalejax.parallel.expert.dispatching import (
+    METHODS,
     Dispatched,
     Handle,
     Layout,
@@ -22,6 +23,7 @@ from whalejax.parallel.expert.traffic_model import (
 )
 
 __all__ = [
+    "METHODS",
     "Dispatched",
     "Handle",
     "Layout",

@@ -1,4 +1,16 @@
-"""Tokens to the ranks of their experts, and the experts' outputs back (DeepEP's job)."""
+"""Tokens to the ranks of their experts, and the experts' outputs back (DeepEP's job).
+
+The methods, of which all give the same:
+
+- `"all_to_all"`: a token once to each rank of its experts, in room for as many as there can be. The
+  only one that can run while something else is computed, and over two axes.
+- `"all_gather"`: all tokens to all ranks, for few ranks.
+- `"ragged"`: a row for each expert of a token straight to its place, and no more rows than there
+  are. XLA has the collective for GPUs alone; other devices gather all.
+- `"peer"`: kernels that read tokens and write sums in the memory of other GPUs. The fastest where
+  one process has all GPUs of a host. All devices of the mesh have to call it together, so it must
+  not stand in a branch that only some of them take. Other devices gather all.
+"""
 
 import dataclasses
 import math
@@ -13,6 +25,7 @@ from whalejax.kernels.permutation import Permutation, num_rows, plan_permutation
 from whalejax.kernels.quantization import QuantizedArray
 from whalejax.parallel.expert.exchange import Route, send, send_again, send_back
 from whalejax.parallel.expert.payload import ROW_TILE, guard, payload_of
+from whalejax.parallel.expert.peers import Peers, check, sum_at_home
 from whalejax.parallel.expert.placement import Placement
 from whalejax.parallel.expert.ragged import (
     Limits,
@@ -22,7 +35,7 @@ from whalejax.parallel.expert.ragged import (
     send_ragged,
 )
 
-METHODS = ("all_to_all", "all_gather", "ragged")
+METHODS = ("all_to_all", "all_gather", "ragged", "peer")
 
 
 class Layout(NamedTuple):
@@ -43,10 +56,12 @@ class Handle:
     """How tokens went, for the way back and for other tokens that go the same way.
 
     Attributes:
-      hops: plans of what each axis is sent, the first axis first; none if all is gathered.
+      hops: plans of what each axis is sent, the first axis first; none if all is gathered, or read
+        from peers.
       local: of arrived tokens to the rows of this rank's experts, or how ragged rows get there.
       weights: `f32|f64[arrived, k]`, of arrived tokens for this rank's experts; of ragged rows,
         which are weighted at home, `[T, k]`.
+      peers: who visits whom, where tokens are read from peers; else None.
       axes: names of the axes.
       rows: of this rank's experts.
     """
@@ -54,6 +69,7 @@ class Handle:
     hops: tuple[Permutation, ...]
     local: Permutation | RaggedPlan
     weights: jax.Array
+    peers: Peers | None
     axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     rows: int = dataclasses.field(metadata={"static": True})
 
@@ -64,16 +80,17 @@ class Returning:
     """Outputs of experts before their way back, for `finish_combine`.
 
     Attributes:
-      rows: `[arrived, H]`, of each token that arrived the sum of this rank's experts; in a ragged
-        dispatch the outputs themselves.
+      rows: `[arrived, H]`, of each token that arrived the sum of this rank's experts; or, where the
+        way back is straight, the outputs themselves.
       hops: plans of what each axis was sent, the first axis first; none if all was gathered.
-      ragged: the plan and the weights of a ragged dispatch, else None.
+      straight: the handle of a dispatch whose way back weighs the outputs: one that was ragged, or
+        read from peers; else None.
       axes: names of the axes.
     """
 
     rows: jax.Array
     hops: tuple[Permutation, ...]
-    ragged: tuple[RaggedPlan, jax.Array] | None
+    straight: Handle | None
     axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
 
@@ -140,6 +157,7 @@ def dispatch(
     alignment: int = 128,
     max_rows: int | None = None,
     max_tokens: int | None = None,
+    zero_padding: bool = True,
     hold: Any = None,
 ) -> Dispatched:
     """Sends each token to the ranks of its experts, once to each, and sorts what arrives.
@@ -160,30 +178,32 @@ def dispatch(
         dtype.
       handle: of an earlier dispatch of tokens that went the same way, instead of `topk_idx` and
         `topk_weights`.
-      method: `"all_to_all"`, the default; `"all_gather"`, which sends all to all, for few ranks; or
-        `"ragged"`, which sends no more rows than there are, but one for each expert of a token,
-        straight to its place: XLA has the collective for GPUs alone, and other devices gather all.
+      method: `"all_to_all"`, the default, or another one of `METHODS`, see this module.
       alignment: every slot's rows start on a multiple of this.
       max_rows: rows for all slots of a rank together; enough for any choice if None, which is k
         times what is sent, so that a balanced load wants a limit of its own. What is too much is
         left out, and counted.
       max_tokens: instead, rows of every slot, for decoding: `[slots, max_tokens, H]`.
-      hold: pytree of arrays that are `held` back until the tokens are ready to leave (`"ragged"`
-        or with a handle: until they are known), so that what is computed from them runs while the
-        tokens travel, and not before.
+      zero_padding: False leaves whatever it is in rows past a slot's tokens, where writing zeros
+        takes time, as `"peer"`'s does: for computations that do not read them.
+      hold: pytree of arrays that are `held` back until the tokens are ready to leave (`"ragged"`,
+        `"peer"` or with a handle: until they are known), so that what is computed from them runs
+        while the tokens travel, and not before.
 
     Raises:
       ValueError: shapes, axis, placement or method do not fit; prints them.
+      NotImplementedError: `"peer"` cannot run on these GPUs; says why.
 
     Source: DeepEP (github.com/deepseek-ai/DeepEP), DeepSeek-V3 (arXiv 2412.19437), section 3.2.2.
     """
     axes, sizes = _axes(axis, placement)
     limits = {"capacity": capacity, "max_rows": max_rows, "max_tokens": max_tokens}
-    _check_options(method, quantize, axes, limits)
+    _check_options(x, method, quantize, axes, limits)
     payload, quantized = payload_of(x, quantize), quantize is not None
     if handle is None:
         _check_shapes(x, topk_idx, topk_weights)
-        route = Route(axes, sizes, placement.slots_per_rank, quantized, alignment, **limits)
+        limits |= {"alignment": alignment, "zero_padding": zero_padding}
+        route = Route(axes, sizes, placement.slots_per_rank, quantized, **limits)
         slots = placement.slots_of(topk_idx, lax.axis_index(axes))
         choice = slots, topk_weights.astype(accumulator(x.dtype))
         if hold is not None:  # its transpose holds back the gradient of what was held
@@ -225,8 +245,8 @@ def start_combine(y: jax.Array, handle: Handle) -> Returning:
     y = y.reshape(-1, y.shape[-1])
     if y.shape[0] != handle.rows:
         raise ValueError(f"combine: y has {y.shape[0]} rows, but its handle is of {handle.rows}")
-    if isinstance(handle.local, RaggedPlan):
-        return Returning(y, handle.hops, (handle.local, handle.weights), handle.axes)
+    if isinstance(handle.local, RaggedPlan) or handle.peers is not None:
+        return Returning(y, handle.hops, handle, handle.axes)
     rows = unpermute(y, handle.weights, handle.local)
     return Returning(rows, handle.hops, None, handle.axes)
 
@@ -236,11 +256,15 @@ def finish_combine(returning: Returning) -> jax.Array:
 
     Rows of zeros give zeros, by whatever plan.
     """
-    if returning.ragged is None:
+    handle = returning.straight
+    if handle is None:
         return send_back(returning.rows, returning.hops, returning.axes)
-    ((hop,), (axis,)), (plan, weights) = (returning.hops, returning.axes), returning.ragged
-    rows = return_ragged(returning.rows, plan, hop.source.shape[0], axis)
-    return unpermute(rows, weights, hop)
+    if handle.peers is not None:
+        plan = handle.weights, handle.local, handle.peers
+        return sum_at_home(returning.rows, *plan, *handle.axes)
+    (hop,), (axis,) = handle.hops, handle.axes
+    rows = return_ragged(returning.rows, handle.local, hop.source.shape[0], axis)
+    return unpermute(rows, handle.weights, hop)
 
 
 def _send(payload, slots, weights, route, method, hold):
@@ -248,17 +272,18 @@ def _send(payload, slots, weights, route, method, hold):
     if method == "ragged":
         handle = _plan_ragged(slots, weights, route)
         return _send_by(handle, payload, route.quantized), handle, hold
-    arrival = send(payload, weights, slots, route, method == "all_gather")
+    arrival = send(payload, weights, slots, route, method or METHODS[0])
     if hold is not None:
         hold, _ = lax.optimization_barrier((hold, arrival.left))
-    payload, weights, hops, local, _ = arrival
-    return payload, Handle(hops, local, weights, route.axes, local.source.shape[0]), hold
+    payload, weights, hops, peers, local, _ = arrival
+    return payload, Handle(hops, local, weights, peers, route.axes, local.source.shape[0]), hold
 
 
 def _send_by(handle, payload, quantized):
     """Sends as a handle says."""
     if not isinstance(handle.local, RaggedPlan):
-        return send_again(payload, handle.hops, handle.local, handle.axes, quantized)
+        way = handle.hops, handle.peers, handle.local, handle.axes
+        return send_again(payload, *way, quantized)
     ((hop,), (axis,)) = handle.hops, handle.axes
     return send_ragged(payload, hop, handle.local, handle.rows, axis, quantized)
 
@@ -276,7 +301,7 @@ def _plan_ragged(slots, weights, route):
     counts = lax.all_gather(hop.group_sizes, axis).reshape(ranks, ranks, slots_per_rank)
     limits = Limits(rows, route.alignment, route.max_tokens, route.capacity)
     plan = plan_ragged(counts, lax.axis_index(axis), limits)
-    return Handle((hop,), plan, weights, (axis,), rows)
+    return Handle((hop,), plan, weights, None, (axis,), rows)
 
 
 def _axes(axis, placement):
@@ -296,7 +321,7 @@ def _axes(axis, placement):
     return axes, sizes
 
 
-def _check_options(method, quantized, axes, limits):
+def _check_options(x, method, quantized, axes, limits):
     if method is not None and method not in METHODS:
         raise ValueError(f"dispatch: method={method!r} is unknown; choose from {METHODS}")
     if method is not None and method != "all_to_all" and len(axes) > 1:
@@ -309,6 +334,8 @@ def _check_options(method, quantized, axes, limits):
             f"dispatch: {', '.join(f'{name}={limit}' for name, limit in given.items())} must be "
             f"positive, and not both max_rows and max_tokens"
         )
+    if method == "peer":
+        check(x)
 
 
 def _check_handle(x, topk_idx, topk_weights, axes, handle):

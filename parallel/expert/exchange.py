@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from whalejax.kernels.accumulation import accumulator
+from whalejax.kernels.peers import gather_rows, sum_rows
 from whalejax.kernels.permutation import Permutation, permute, plan_permutation, unpermute
 from whalejax.parallel.expert.packing import num_words, pack, unpack
 from whalejax.parallel.expert.payload import Payload, gradient_of_rows, rows_of_gradient
+from whalejax.parallel.expert.peers import Peers, peers_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Route:
       quantized: tokens travel in FP8.
       alignment, max_rows, max_tokens: of the rows of a rank's slots.
       capacity: rows from one rank to another; None for all.
+      zero_padding: whether rows of slots that no token fills are zero.
     """
 
     axes: tuple[str, ...]
@@ -39,6 +42,7 @@ class Route:
     capacity: int | None
     max_rows: int | None
     max_tokens: int | None
+    zero_padding: bool = True
 
 
 class Arrival(NamedTuple):
@@ -47,14 +51,16 @@ class Arrival(NamedTuple):
     Attributes:
       payload: in the rows of the rank's slots.
       weights: `f32[arrived, k]` of the tokens that arrived.
-      hops: plans of what each axis was sent; none if all is gathered.
+      hops: plans of what each axis was sent; none if all is gathered, or read from peers.
+      peers: who visits whom, where tokens are read from peers.
       local: of arrived tokens to the rows of slots.
-      left: `u32[rows, words]`, the rows as they left.
+      left: `u32[rows, words]`, the rows as they left; to be read from peers, what was chosen.
     """
 
     payload: Payload
     weights: jax.Array
     hops: tuple[Permutation, ...]
+    peers: Peers | None
     local: Permutation
     left: jax.Array
 
@@ -85,7 +91,7 @@ def swap(rows: jax.Array, axis: str) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def send(
-    payload: Payload, weights: jax.Array, slots: jax.Array, route: Route, gathered: bool
+    payload: Payload, weights: jax.Array, slots: jax.Array, route: Route, method: str
 ) -> Arrival:
     """Sends tokens to the ranks of their slots and sorts what arrives.
 
@@ -94,9 +100,10 @@ def send(
       weights: `f32[T, k]`.
       slots: `i32[T, k]`, of all ranks together; -1 for none.
       route: the way.
-      gathered: send all tokens to every rank.
+      method: `"all_to_all"`, `"all_gather"` or `"peer"`, see `dispatch`.
     """
-    parts = [*payload.sent(), weights, slots]
+    by_collective = [] if method == "peer" else payload.sent()
+    parts, chosen = [*by_collective, weights, slots], slots
     at = sum(map(num_words, parts[:-1]))
 
     def slots_on(packed, depth):
@@ -108,7 +115,7 @@ def send(
 
     packed, hops = pack([*parts[:-1], slots + 1]), []  # rows that nobody fills have slot 0
     left = packed
-    if gathered:
+    if method != "all_to_all":
         packed = lax.all_gather(packed, route.axes, tiled=True)
     else:
         for depth, (axis, size) in enumerate(zip(route.axes, route.sizes, strict=True), 1):
@@ -128,8 +135,21 @@ def send(
         capacity=route.max_tokens,
         max_rows=route.max_rows,
     )
+    peers = None
+    if method == "peer":
+        peers = peers_of(slots, chosen, route.slots_per_rank, *route.sizes)
     (arrived_weights,) = unpack(packed, [weights], sum(map(num_words, parts[:-2])))
-    return Arrival(_sorted(payload, packed, local), arrived_weights, tuple(hops), local, left)
+    if method == "peer":
+        payload = _read(payload, local, *route.axes, route.zero_padding)
+    else:
+        payload = _sorted(payload, packed, local)
+    return Arrival(payload, arrived_weights, tuple(hops), peers, local, left)
+
+
+def _read(payload, local, axis, zero_padding=True):
+    """What is read from peers, in the rows of slots."""
+    rows = gather_rows(payload.sent(), local, axis, zero_padding=zero_padding)
+    return payload.arrived(rows)
 
 
 def _sorted(payload, packed, local):
@@ -143,31 +163,38 @@ def _sorted(payload, packed, local):
     return payload.arrived(arrived)
 
 
-def _send_forward(payload, weights, slots, route, gathered):
-    arrival = send(payload, weights, slots, route, gathered)
-    return arrival, (arrival.hops, arrival.local)
+def _send_forward(payload, weights, slots, route, method):
+    arrival = send(payload, weights, slots, route, method)
+    return arrival, (arrival.hops, arrival.peers, arrival.local)
 
 
-def _send_backward(route, gathered, residuals, d_arrival):
-    del gathered  # then there are no hops
-    hops, local = residuals
-    rows = unpermute(rows_of_gradient(d_arrival.payload), None, local)
-    rows, weights = _back([rows, d_arrival.weights], hops, route.axes)
+def _send_backward(route, method, residuals, d_arrival):
+    hops, peers, local = residuals
+    rows = rows_of_gradient(d_arrival.payload)
+    if method == "peer":
+        rows = sum_rows(rows, None, local, *peers, *route.axes)
+        weights = send_back(d_arrival.weights, hops, route.axes)
+    else:
+        arrays = [unpermute(rows, None, local), d_arrival.weights]
+        rows, weights = _back(arrays, hops, route.axes)
     return gradient_of_rows(rows, route.quantized), weights, None
 
 
 send.defvjp(_send_forward, _send_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def send_again(
     payload: Payload,
     hops: tuple[Permutation, ...],
+    peers: Peers | None,
     local: Permutation,
     axes: tuple[str, ...],
     quantized: bool,
 ) -> Payload:
     """Sends other tokens as earlier ones went; arguments are as in `Arrival` and `Route`."""
+    if peers is not None:
+        return _read(payload, local, *axes)
     packed = pack(payload.sent())
     if not hops:
         packed = lax.all_gather(packed, axes, tiled=True)
@@ -176,14 +203,18 @@ def send_again(
     return _sorted(payload, packed, local)
 
 
-def _again_forward(payload, hops, local, axes, quantized):
-    return send_again(payload, hops, local, axes, quantized), (hops, local)
+def _again_forward(payload, hops, peers, local, axes, quantized):
+    return send_again(payload, hops, peers, local, axes, quantized), (hops, peers, local)
 
 
 def _again_backward(axes, quantized, residuals, d_payload):
-    hops, local = residuals
-    rows = send_back(unpermute(rows_of_gradient(d_payload), None, local), hops, axes)
-    return gradient_of_rows(rows, quantized), None, None
+    hops, peers, local = residuals
+    rows = rows_of_gradient(d_payload)
+    if peers is not None:
+        rows = sum_rows(rows, None, local, *peers, *axes)
+    else:
+        rows = send_back(unpermute(rows, None, local), hops, axes)
+    return gradient_of_rows(rows, quantized), None, None, None
 
 
 send_again.defvjp(_again_forward, _again_backward)

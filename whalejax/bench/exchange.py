@@ -5,6 +5,8 @@ DeepSeek-V3 a rank, in bfloat16 and with an FP8 wire, and 128 tokens in decoding
 of the wall: calls follow each other inside one program, so that no launch from the host counts.
 Bytes are counted as DeepEP does: of the rows that ranks receive, each token once for a rank, a
 rank's own among them. `least` is a plain all-to-all of the bytes that all_to_all sends.
+Dispatch counts from tokens and choices to experts' rows, with quantisation and plans; combine from
+experts' rows to sums. In decoding's layout padding is not written where a method can leave it.
 """
 
 import dataclasses
@@ -23,11 +25,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from whalejax.bench import report
 from whalejax.bench.report import Bench
-from whalejax.parallel.expert import Dispatched, Placement, combine, dispatch
+from whalejax.parallel.expert import Dispatched, Handle, Placement, combine, dispatch
 from whalejax.parallel.expert.exchange import swap
 
 AXIS = "expert"
-METHODS = ("all_to_all", "ragged", "all_gather")
+METHODS = ("all_to_all", "ragged", "all_gather", "peer")
 # ragged collectives turn XLA's overlap off, and NCCL serves what has no kernel of XLA's own
 OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
@@ -64,10 +66,15 @@ def draw(case: Case, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
-def repeated(f: Callable, case: Case, mesh: Mesh) -> Callable:
-    """Calls `f(x, *others)` on every rank again and again, each after the one before is done."""
+def repeated(f: Callable, case: Case, mesh: Mesh, prepare: Callable | None = None) -> Callable:
+    """Calls `f(x, *others)` on every rank again and again, each after the one before is done.
 
-    def on_rank(x, *others):
+    What `prepare` gives, once and before, are the arguments; without it they are the arrays.
+    """
+
+    def on_rank(*arrays):
+        x, *others = arrays if prepare is None else lax.optimization_barrier(prepare(*arrays))
+
         def call(_, x):
             done = lax.optimization_barrier(f(x, *others))  # all of it, not what is read below
             first = sum(a.reshape(-1)[0].astype(jnp.float32) for a in jax.tree.leaves(done))
@@ -82,20 +89,19 @@ def repeated(f: Callable, case: Case, mesh: Mesh) -> Callable:
 def there(
     x: jax.Array, idx: jax.Array, weights: jax.Array, *, case: Case, ranks: int, **options: Any
 ) -> Dispatched:
-    """Dispatch alone."""
+    """Dispatch."""
     placement = Placement.uniform(case.experts, ranks)
-    rows = {"max_tokens": case.max_tokens}
+    rows = {"max_tokens": case.max_tokens, "zero_padding": False}
     if case.max_tokens is None:  # rows of a balanced load, and some more
         rows = {"max_rows": case.tokens * case.k * 5 // 4 + 128 * placement.slots_per_rank}
     sent = dispatch(x, idx, weights, placement, axis=AXIS, **rows, **options)
     return sent._replace(carrier=None)
 
 
-def back(x: jax.Array, *choice: jax.Array, **options: Any) -> jax.Array:
-    """Dispatch, and combine of as many rows in x's dtype."""
-    sent = there(x, *choice, **options)
-    rows = lax.optimization_barrier(sent.tokens.astype(x.dtype))  # as if experts were between
-    return combine(rows, sent.handle)
+def outputs(*arrays: jax.Array, **options: Any) -> tuple[jax.Array, Handle]:
+    """What experts give, and how it gets home."""
+    sent = there(*arrays, **options)
+    return sent.tokens.reshape(-1, sent.tokens.shape[-1]), sent.handle
 
 
 def wall_us(f: Callable, arrays: tuple, case: Case, rounds: int) -> list[float]:
@@ -119,8 +125,8 @@ def time_case(bench: Bench, case: Case, mesh: Mesh) -> None:
     reached = np.sort(np.asarray(arrays[1]) // (case.experts // ranks), axis=1)
     copies = case.tokens * (1 + np.mean(np.sum(np.diff(reached, axis=1) > 0, axis=1)))
 
-    def row(op, method, wire, f, arrays, moved):
-        us = wall_us(repeated(f, case, mesh), arrays, case, bench.arguments.rounds)
+    def row(op, method, wire, f, arrays, moved, prepare=None):
+        us = wall_us(repeated(f, case, mesh, prepare), arrays, case, bench.arguments.rounds)
         median = statistics.median(us)
         values = {
             "op": op,
@@ -136,16 +142,18 @@ def time_case(bench: Bench, case: Case, mesh: Mesh) -> None:
 
     for wire, width in (("bf16", 2 * case.hidden), ("fp8", case.hidden + case.hidden // 32)):
         sent = ranks * case.tokens
-        rows = jnp.zeros((sent * ranks, width), jnp.uint8)
+        rows = jax.random.bits(jax.random.key(0), (sent * ranks, width), jnp.uint8)
         rows = jax.device_put(rows, NamedSharding(mesh, PartitionSpec(AXIS)))
         swapped = functools.partial(swap, axis=AXIS)
         row("least", "all_to_all", wire, swapped, (rows,), sent * width)
         for method in METHODS:
             options = {"case": case, "ranks": ranks, "method": method}
-            options["quantize"] = "fp8" if wire == "fp8" else None
-            moved = copies * width, copies * (width + 2 * case.hidden)
-            for op, f, bytes_ in zip(("dispatch", "and back"), (there, back), moved, strict=True):
-                row(op, method, wire, functools.partial(f, **options), arrays, bytes_)
+            fp8 = {"quantize": "fp8" if wire == "fp8" else None}
+            f = functools.partial(there, **options, **fp8)
+            row("dispatch", method, wire, f, arrays, copies * width)
+            if wire == "bf16":  # combine knows no other
+                ready = functools.partial(outputs, **options)
+                row("combine", method, wire, combine, arrays, copies * width, ready)
 
 
 def main(args: Sequence[str] | None = None) -> None:

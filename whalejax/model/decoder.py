@@ -20,7 +20,7 @@ from whalejax.model.overlapped import layer_stages, run_halves, scan_halves
 from whalejax.model.parameters import Initializer, read, rms_norm
 from whalejax.model.rope import Rotary, rotary
 from whalejax.model.sharding import on_own_batch
-from whalejax.parallel.expert import Placement, Stages
+from whalejax.parallel.expert import METHODS, Placement, Stages
 from whalejax.parallel.mesh import EXPERT
 
 REMATERIALISATION: dict[str, Any] = {
@@ -46,6 +46,7 @@ class Execution:
       capacity_factor: rows of a rank's experts, in multiples of what it gets of a balanced load;
         what is too much is left out of the model and counted. None for enough rows for any load:
         nothing is left out, at the cost of as many rows as all ranks together can send.
+      exchange: method of `parallel.expert.dispatch`, None for its default.
     """
 
     precision: Precision = Precision()
@@ -54,6 +55,7 @@ class Execution:
     mesh: Mesh | None = None
     overlap: bool = False
     capacity_factor: float | None = None
+    exchange: str | None = None
 
     @property
     def fp8_mesh(self) -> Mesh | None:
@@ -79,6 +81,13 @@ class Execution:
                 f"overlap={self.overlap} needs a mesh with several ranks of the {EXPERT!r} axis, "
                 f"this is {None if self.mesh is None else dict(self.mesh.shape)}"
             )
+        if self.overlap and self.exchange not in (None, "all_to_all"):
+            raise ValueError(
+                f"exchange={self.exchange!r} with overlap={self.overlap} must be 'all_to_all': "
+                "nothing else runs while other methods do"
+            )
+        if self.exchange is not None and self.exchange not in METHODS:
+            raise ValueError(f"exchange={self.exchange!r} is unknown; choose from {METHODS}")
 
 
 class DecoderLayer(nnx.Module):
@@ -180,8 +189,8 @@ def feed_forward(
         )
         return x + dense(p.mlp, normed), None
     options = {"mesh": execution.mesh, "fp8": execution.precision.fp8}
-    limits = {"placement": placement, "capacity_factor": execution.capacity_factor}
-    out, stats = moe(p.mlp, normed, config.moe, **options, **limits)
+    options |= {"placement": placement, "capacity_factor": execution.capacity_factor}
+    out, stats = moe(p.mlp, normed, config.moe, **options, exchange=execution.exchange)
     return x + out, stats
 
 

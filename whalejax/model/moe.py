@@ -166,6 +166,7 @@ def routed_experts(
     fp8: bool = False,
     placement: Placement | None = None,
     capacity_factor: float | None = None,
+    exchange: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sends `[T, hidden]` tokens through their experts and sums the weighted outputs.
 
@@ -178,7 +179,7 @@ def routed_experts(
             choice = x, topk_idx, topk_weights, placement
             limit = max_rows(topk_idx.size, placement, alignment, capacity_factor)
             options = {"alignment": alignment, "quantize": "fp8" if fp8 else None}
-            sent = dispatch(*choice, axis=EXPERT, max_rows=limit, **options)
+            sent = dispatch(*choice, axis=EXPERT, max_rows=limit, method=exchange, **options)
         outputs = visit_experts(p, sent, alignment=alignment, fp8=fp8)
         with jax.named_scope("combine"):
             return finish_combine(outputs), sent.overflow
@@ -239,6 +240,7 @@ def moe(
     fp8: bool = False,
     placement: Placement | None = None,
     capacity_factor: float | None = None,
+    exchange: str | None = None,
 ) -> tuple[jax.Array, MoEStats]:
     """Routed plus shared experts.
 
@@ -253,6 +255,7 @@ def moe(
         each of its slots, not of the experts.
       capacity_factor: rows of a rank's experts, in multiples of what it gets of a balanced load;
         None for enough for any. What is too much is left out, and counted.
+      exchange: method of `dispatch`.
 
     Returns:
       `[b, t, hidden]` and the layer's statistics.
@@ -272,7 +275,7 @@ def moe(
         p, placement = p_and_placement
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, topk_idx, topk_weights)]
         options = {"fp8": fp8, "placement": placement, "capacity_factor": capacity_factor}
-        out, overflow = routed_experts(p, *flat, config, **options)
+        out, overflow = routed_experts(p, *flat, config, **options, exchange=exchange)
         return out.reshape(x.shape), overflow[None]
 
     routed = on_own_batch(routed, mesh, (spec, PartitionSpec()))

@@ -37,6 +37,8 @@ class TrainConfig:
         to their experts and back while the other computes.
       capacity_factor: rows of a rank's experts, in multiples of what it gets of a balanced load;
         what is too much is left out, and counted in the metrics (overflow). None for any load.
+      exchange: how tokens get to the experts of other devices: all_to_all, all_gather, ragged, or
+        peer, kernels that read other GPUs' memory, for GPUs of one process. None for all_to_all.
       eval_every: steps between held-out losses; 0 for none but the last.
       save_every: steps between checkpoints.
       log_every: steps between lines of metrics.
@@ -63,6 +65,7 @@ class TrainConfig:
     rematerialise: str = "none"
     overlap: bool = False
     capacity_factor: float | None = None
+    exchange: Literal["all_to_all", "all_gather", "ragged", "peer"] | None = None
     eval_every: int = 0
     save_every: int = 200
     log_every: int = 10
@@ -92,7 +95,7 @@ class TrainConfig:
 # what may differ between a run and its continuation
 FREE_TO_CHANGE = (
     "out", "eval_every", "save_every", "log_every", "stop_at", "export", "mesh", "rematerialise",
-    "eplb", "overlap", "pipeline",
+    "eplb", "overlap", "exchange", "pipeline",
 )  # fmt: skip
 
 

@@ -106,6 +106,7 @@ def prepare(config: TrainConfig) -> Prepared:
         mesh=mesh if mesh.size > 1 else None,
         overlap=config.overlap,
         capacity_factor=config.capacity_factor,
+        exchange=config.exchange,
     )
     step = StepConfig(
         steps=config.steps,

@@ -66,6 +66,11 @@ class StepConfig:
                 f"overlap={self.execution.overlap} and eplb.every={self.eplb.every} must be False "
                 f"and 0 with stage={self.num_stages} of the mesh: a pipeline can do neither"
             )
+        if self.num_stages > 1 and self.execution.exchange == "peer":
+            raise ValueError(
+                f"exchange={self.execution.exchange!r} with stage={self.num_stages} of the mesh: "
+                "all devices would have to exchange at once, and stages take turns"
+            )
 
     @property
     def num_stages(self) -> int:

@@ -17,6 +17,7 @@ WAYS = {
     "all_to_all": {"axis": "expert", "method": "all_to_all"},
     "all_gather": {"axis": "expert", "method": "all_gather"},
     "ragged": {"axis": "expert", "method": "ragged"},
+    "peer": {"axis": "expert", "method": "peer"},
     "hierarchical": {"axis": ("node", "expert")},
 }
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from whalejax.parallel.expert import Placement, combine, dispatch, layout
 
 T, H, K, E, RANKS = 6, 256, 2, 8, 4
-METHODS = ("all_to_all", "all_gather", "ragged")
+METHODS = ("all_to_all", "all_gather", "ragged", "peer")
 SPEC = PartitionSpec("expert")
 
 
