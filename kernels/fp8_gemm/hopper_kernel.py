@@ -338,7 +338,13 @@ def multiply_items(p: Problem, t: Tuning, refs: Refs, wg: jax.Array) -> None:
 
 
 def pass_by(t: Tuning, refs: Refs, _, slot: jax.Array) -> jax.Array:
-    """Lets go of a slot, and awaits the next."""
+    """Lets go of a slot, and awaits the next.
+
+    At a cluster's barrier one thread arrives for its warpgroup. The others must have seen that the
+    slot was full: it may be filled again, and again, before they look, and they would wait for
+    ever. Where products are multiplied, these keep the four warps together.
+    """
+    plgpu.commit_smem()  # the barrier of a warpgroup that Pallas has
     plgpu.barrier_arrive(refs.empty.at[slot])
     following = next_slot(t.stages, slot)
     plgpu.barrier_wait(refs.full.at[following])
