@@ -99,23 +99,23 @@ FEW_CHOICES = 8192  # a GPU compares all pairs of so many sooner than it sorts t
 def _sort(expert, num_experts):
     """The choices in the order of their experts, and each one's place in it."""
     key = expert.astype(np.min_scalar_type(num_experts))  # a GPU sorts by 8 bits at a time
-
-    def by_sorting(key):
-        order = jnp.argsort(key, stable=True).astype(jnp.int32)
-        return order, jnp.argsort(order).astype(jnp.int32)
-
-    def by_counting(key):
-        number = jnp.arange(key.size, dtype=jnp.int32)
-        before = (key[None] < key[:, None]) | (
-            (key[None] == key[:, None]) & (number[None] < number[:, None])
-        )
-        rank = jnp.sum(before, axis=1, dtype=jnp.int32)
-        return jnp.zeros_like(rank).at[rank].set(number, unique_indices=True), rank
-
     if key.size > FEW_CHOICES:
-        return by_sorting(key)
-    ways = [lambda key, f=f: vary_like(f(key), key) for f in (by_counting, by_sorting)]
+        return _by_sorting(key)
+    ways = [lambda key, way=way: vary_like(way(key), key) for way in (_by_counting, _by_sorting)]
     return jax.lax.platform_dependent(key, cuda=ways[0], default=ways[1])
+
+
+def _by_sorting(key):
+    order = jnp.argsort(key, stable=True).astype(jnp.int32)
+    return order, jnp.argsort(order).astype(jnp.int32)
+
+
+def _by_counting(key):
+    number = jnp.arange(key.size, dtype=jnp.int32)
+    earlier = number[None] < number[:, None]
+    before = (key[None] < key[:, None]) | ((key[None] == key[:, None]) & earlier)
+    rank = jnp.sum(before, axis=1, dtype=jnp.int32)
+    return jnp.zeros_like(rank).at[rank].set(number, unique_indices=True), rank
 
 
 def num_rows(choices: int, num_experts: int, alignment: int) -> int:

@@ -128,6 +128,17 @@ def test_a_sharded_batch_gives_the_same_output_and_gradient(mesh_config):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("exchange", ["all_gather", "ragged", "peer"])
+def test_every_exchange_gives_the_same_output(exchange):
+    p, x, mesh = layer(), tokens(), make_mesh(MeshConfig(data=2, expert=4))
+    run = jax.jit(
+        lambda x, exchange: moe(p, x, CONFIG, mesh=mesh, exchange=exchange)[0],
+        static_argnames="exchange",
+    )
+    wanted = run(x, exchange="all_to_all")
+    np.testing.assert_allclose(run(x, exchange=exchange), wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "mesh_config", [MeshConfig(data=2, expert=4), MeshConfig(fsdp=4, expert=2)]
 )

@@ -69,6 +69,10 @@ def test_what_cannot_be_halved_is_refused_before_anything_runs(deep, tmp_path):
         Execution(mesh=make_mesh(MeshConfig(data=8)), overlap=True)
     with pytest.raises(ValueError, match="overlap=True needs a mesh .*None"):
         Execution(overlap=True)
+    with pytest.raises(ValueError, match="exchange='peer' with overlap=True must be 'all_to_all'"):
+        Execution(mesh=make_mesh(MeshConfig(expert=8)), overlap=True, exchange="peer")
+    with pytest.raises(ValueError, match="exchange='nvlink' is unknown; choose from .*'peer'"):
+        Execution(exchange="nvlink")
     (tmp_path / "text.txt").write_text("a line of text\n" * 400)
     options = {"data": tmp_path / "text.txt", "out": tmp_path / "run", "length": 16}
     config = TrainConfig(overlap=True, batch_size=24, mesh=MeshConfig.parse("expert=8"), **options)

@@ -53,6 +53,7 @@ def config(micro, tmp_path_factory):
         ({"batch_size": 48, "accumulate": 2}, "24 sequences must be a multiple of microbatches=4"),
         ({"overlap": True}, "overlap=True and eplb.every=0 must be .* stage=2"),
         ({"eplb": EPLBConfig(every=3)}, "overlap=False and eplb.every=3 must be .* stage=2"),
+        ({"exchange": "peer"}, "exchange='peer' with stage=2 of the mesh"),
         ({"mesh": MeshConfig(stage=8)}, "num_stages=8 leaves stages without layers: 1 dense"),
         ({"mesh": MeshConfig(stage=3, fsdp=1)}, "stage=3 x data=1 x fsdp=1 x expert=1 is 3 dev"),
         (

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whalejax.kernels.permutation import permute, plan_permutation, unpermute
+from whalejax.kernels.permutation import api, permute, plan_permutation, unpermute
 
 # few sizes, since each combination compiles; the choices vary freely
 CHOICES = st.tuples(
@@ -22,6 +22,21 @@ def choose(tokens, k, experts, seed):
     rng = np.random.default_rng(seed)
     idx = np.stack([rng.permutation(experts)[:k] for _ in range(tokens)])
     return np.where(rng.random(idx.shape) < 0.2, -1, idx).astype(np.int32)
+
+
+@pytest.mark.parametrize("size", [1, 500])
+def test_counting_gives_the_order_of_sorting(size):
+    key = jnp.asarray(np.random.default_rng(size).integers(0, 9, size), jnp.uint8)
+    for counted, is_sorted in zip(api._by_counting(key), api._by_sorting(key), strict=True):
+        np.testing.assert_array_equal(counted, is_sorted)
+
+
+@pytest.mark.parametrize("experts", [255, 256, 300])
+def test_experts_are_told_apart_however_many_there_are(experts):
+    idx = np.random.default_rng(0).permutation(experts).astype(np.int32)
+    plan = plan_permutation(jnp.asarray(idx[:, None]), experts, alignment=1)
+    np.testing.assert_array_equal(plan.row_of[:, 0], idx)
+    assert (plan.group_sizes == 1).all()
 
 
 @given(sizes=CHOICES)
