@@ -83,8 +83,11 @@ def sum_rows(
     return run("sum_rows", BACKENDS, implementation, arrays, axis)
 
 
-def why_not(array: jax.Array, plan: Permutation | None = None) -> str | None:
-    """Why the kernels cannot move rows like an array's here, None if they can."""
+def why_not(array: jax.Array) -> str | None:
+    """Why the kernels cannot move rows like an array's there and back, None if they can.
+
+    That there is no GPU is no reason: they can be lowered for one.
+    """
     from whalejax.kernels.peers import hopper
 
-    return hopper.unusable() or hopper.why_not_rows([array], plan, summed=True)
+    return hopper.unreachable() or hopper.why_not_rows([array], summed=True)

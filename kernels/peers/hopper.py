@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from whalejax.kernels.backend import mosaic_unusable
+from whalejax.kernels.backend import mosaic_unusable, no_gpu
 from whalejax.kernels.mosaic import SMEM_BYTES, call, num_sms, unvarying
 from whalejax.kernels.permutation import Permutation
 
@@ -15,25 +15,31 @@ CTAS_PER_SM = 2  # one's stores run while the other waits for its first loads
 ROW_BYTES = 128  # a warpgroup's threads announce a copy's bytes together
 STAGES, STORING = 12, 5  # at most
 FEWEST_STAGES = 2
-SUMS = 2
+SUMS = 2  # rows in SMEM beside the ring
 
 
 def unusable() -> str | None:
     """Why the kernels cannot run here, whatever is moved."""
+    return no_gpu() or unreachable()
+
+
+def unreachable() -> str | None:
+    """Why no peer can be reached from kernels; a machine without a GPU can lower them."""
     if (processes := jax.process_count()) > 1:
         return f"peers are reached within one process, here are {processes}"
     return mosaic_unusable()
 
 
-def why_not(op: str, arrays: tuple, *static: Any) -> str | None:
+def why_not(op: str, arrays: tuple, axis: str, *_: Any) -> str | None:
     """Why the kernels cannot move these arrays, None if they can."""
-    del static
+    if lax.axis_size(axis) == 1:
+        return f"the only rank of axis {axis!r} has no peers"
     moved, plan = (arrays[0], arrays[1]) if op == "gather_rows" else ([arrays[0]], arrays[2])
-    return unusable() or why_not_rows(moved, plan, summed=op == "sum_rows")
+    return unreachable() or why_not_rows(moved, plan, summed=op == "sum_rows")
 
 
 def why_not_rows(
-    arrays: list[jax.Array], plan: Permutation | None, summed: bool = False
+    arrays: list[jax.Array], plan: Permutation | None = None, *, summed: bool = False
 ) -> str | None:
     """The part of that answer that depends on the rows."""
     for a in arrays:

@@ -3,6 +3,8 @@
 Its values are tested with those of the other methods; on GPUs, by `on_ranks.py`.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -19,7 +21,7 @@ needs_mosaic = pytest.mark.skipif(mosaic_unusable() is not None, reason=str(mosa
 
 def moe(x, weights, idx, **options):
     """There, there again, and back."""
-    placement = Placement.uniform(E, RANKS)
+    placement = Placement.uniform(E, jax.lax.axis_size("expert"))
     way = {"axis": "expert", "method": "peer"} | options
     sent = dispatch(x, idx, weights, placement, **way)
     again = dispatch(x, None, None, placement, axis="expert", handle=sent.handle)
@@ -27,11 +29,11 @@ def moe(x, weights, idx, **options):
     return combine(rows + again.tokens, sent.handle)
 
 
-def trace(h, **options):
-    """A training step over four devices."""
-    spec = PartitionSpec("expert")
+def trace(h, shape=(1, RANKS), **options):
+    """A training step over the devices of a mesh."""
+    spec, types = PartitionSpec(("data", "expert")), (AxisType.Auto,) * 2
     mesh = jax.make_mesh(
-        (RANKS,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:RANKS]
+        shape, ("data", "expert"), axis_types=types, devices=jax.devices()[: math.prod(shape)]
     )
 
     def loss(*arrays):
@@ -44,12 +46,18 @@ def trace(h, **options):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("wire", [None, "fp8"])
-def test_kernels_are_lowered_for_gpus_in_both_directions(wire):
-    text = trace(256, quantize=wire).lower(lowering_platforms=("cuda",)).as_text()
+@pytest.mark.parametrize(("wire", "shape"), [(None, (1, RANKS)), ("fp8", (2, RANKS))])
+def test_kernels_are_lowered_for_gpus_in_both_directions(wire, shape):
+    text = trace(256, shape, quantize=wire).lower(lowering_platforms=("cuda",)).as_text()
     assert "gather_from_peers" in text and "sums_to_peers" in text
     assert text.count("reduce_scatter") == 1  # of the weights' gradients
     assert "all_to_all" not in text
+
+
+@needs_mosaic
+def test_a_rank_without_peers_needs_no_kernel():
+    text = trace(256, (2, 1)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" not in text
 
 
 @needs_mosaic
