@@ -1,4 +1,5 @@
 import json
+import threading
 
 import jax.numpy as jnp
 import pytest
@@ -30,13 +31,29 @@ def test_prints_a_row_of_each_pass_and_each_schedule(capsys, tmp_path):
     assert printed.splitlines()[-1].split()[-5] == "zb1p"
 
 
-def test_what_takes_too_long_to_compile_is_reported(tmp_path):
+class Slow:
+    """A program that compiles when it is allowed to."""
+
+    allowed = threading.Event()
+
+    def lower(self):
+        return self
+
+    def compile(self, compiler_options):
+        assert compiler_options is None
+        self.allowed.wait(60)
+        raise ArithmeticError("of no more interest")
+
+
+def test_what_takes_too_long_to_compile_is_reported(tmp_path, monkeypatch):
     out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(schedules, "programs_of", lambda *_: [("1f1b", Slow(), [])])
     options = ["--schedules", "1f1b", "--compile-limit", "0", "--out", str(out)]
-    assert schedules.main([*SMALL, *options])  # which still compile
+    assert schedules.main([*SMALL, *options])  # it still compiles
+    Slow.allowed.set()
     errors = {row["op"]: row["error"] for row in rows_of(out)}
     assert "not ended after 0 seconds" in errors["1f1b"]
-    assert "no prediction without" in errors["passes"]
+    assert "no prediction without backward" in errors["passes"]
 
 
 def make(tmp_path, *options):

@@ -16,23 +16,24 @@ from whalejax.bench.pipeline import PARTS
 from whalejax.bench.pipelined import Case
 from whalejax.bench.ranks import TRANSFERS
 from whalejax.bench.report import Bench
-from whalejax.model.pipelined import Travelling
 from whalejax.parallel.dualpipe import StageTimes
 from whalejax.parallel.mesh import AXES
 
 
 def time_passes(bench: Bench, case: Case, programs: dict) -> StageTimes:
     """Times what `predict` needs, and keeps a row of each."""
-    leaves = programs["leaves"](jax.random.key(0))
+    leaves = programs["leaves"](jax.device_put(jnp.int32(0), case.everywhere))
     keys = jax.random.split(jax.random.key(1), 2)
-    given = dict(zip(("x", "dy"), (travelling(case, key) for key in keys), strict=True))
-    _, given["kept"], _ = programs["forward"](leaves, given["x"])
-    given["slots"] = programs["input"](leaves, given["kept"], given["dy"])[-1]
+    given = {name: travelling(case, key) for name, key in zip(("x", "dy"), keys, strict=True)}
+    kept = number_of(programs["backward"]) - len(leaves) - len(given["dy"])
+    given["kept"] = programs["forward"](*leaves, *given["x"])[:kept]
+    slots = number_of(programs["weight"]) - len(leaves)
+    given["slots"] = programs["input"](*leaves, *given["kept"], *given["dy"])[:slots]
     found = {}
     for part, names in PARTS.items():
-        arguments = leaves, *(given[name] for name in names)
+        arguments = *leaves, *(array for name in names for array in given[name])
         found[part] = time_calls(bench, case, part, programs[part], arguments)
-    arguments = (given["x"].hidden,)
+    arguments = given["x"][:1]
     options = {"calls": 1, "turns": TRANSFERS}
     found["transfer"] = time_calls(
         bench, case, "transfer", programs["transfer"], arguments, **options
@@ -42,14 +43,19 @@ def time_passes(bench: Bench, case: Case, programs: dict) -> StageTimes:
     return StageTimes(**found)
 
 
-def travelling(case: Case, key: jax.Array) -> Travelling:
-    """What travels into a stage, or its gradient, at random on every device."""
+def number_of(program: jax.stages.Compiled) -> int:
+    """Arrays that a program takes."""
+    return len(jax.tree.leaves(program.in_avals))
+
+
+def travelling(case: Case, key: jax.Array) -> list[jax.Array]:
+    """What travels into a stage, or its gradient, at random on every device: hidden and balance."""
     mesh = case.mesh
     place = NamedSharding(mesh, PartitionSpec(AXES))
     shape = (mesh.size, 1, case.length, case.model.hidden_size)
     dtype = case.execution.precision.dtype
     draw = jax.jit(lambda key: jax.random.normal(key, shape, dtype), out_shardings=place)
-    return Travelling(draw(key), jax.device_put(jnp.zeros(mesh.size, jnp.float32), place))
+    return [draw(key), jax.device_put(jnp.zeros(mesh.size, jnp.float32), place)]
 
 
 def time_calls(

@@ -1,13 +1,14 @@
 """A pipeline of MoE layers on a mesh, as the benchmark of schedules builds it: all its programs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from whalejax.bench.ranks import abstract_stages, draw_leaves, passes, transfers
 from whalejax.model.config import ModelConfig
@@ -59,6 +60,11 @@ class Case:
         """Devices."""
         return self.execution.mesh
 
+    @property
+    def everywhere(self) -> NamedSharding:
+        """The sharding of what all devices have."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
     def __str__(self):
         axes = ",".join(f"{a}={n}" for a, n in self.mesh.shape.items() if n > 1 or a == STAGE)
         layers = self.model.num_hidden_layers // self.mesh.shape[STAGE]
@@ -100,24 +106,33 @@ class Case:
         return run
 
 
-def lower(case: Case, schedules: Sequence[str]) -> Iterator[tuple[str, Callable]]:
-    """The programs of a case by name, as functions that lower them.
+def programs_of(case: Case, schedules: Sequence[str]) -> Iterator[tuple[str, Callable, list]]:
+    """The programs of a case: names, jitted functions of arrays to a list of arrays, and arguments.
 
     They are the steps, which take longest to compile, the last schedule first; the passes of
     `PARTS`; `transfer` between stages; and what draws the `state` of the steps, and the `leaves` of
-    the passes, from a key.
+    the passes, from a seed.
     """
     state, stages = case.abstract_state(), case.abstract_stages()
-    key = jax.random.key(0)
+    seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=case.everywhere)
     for schedule in reversed(schedules):
-        step = jax.jit(case.step(schedule))
-        yield schedule, lambda step=step: step.lower(*state, case.abstract_tokens())
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    yield "state", lambda: jax.jit(case.state, out_shardings=places).lower(key)
-    std = case.model.initializer_range
-    yield "leaves", lambda: draw_leaves(stages, std).lower(key)
+        yield schedule, *flat(case.step(schedule), (*state, case.abstract_tokens()))
+    places = [leaf.sharding for leaf in jax.tree.leaves(state)]
+    yield "state", *flat(lambda seed: case.state(jax.random.key(seed)), (seed,), places)
+    places = [leaf.sharding for leaf in jax.tree.leaves(stages)]
+    draw = functools.partial(draw_leaves, stages, case.model.initializer_range)
+    yield "leaves", *flat(draw, (seed,), places)
     found = passes(stages, case.model, case.execution, case.length)
     for part, (f, arguments) in found.items():
-        yield part, lambda f=f, arguments=arguments: f.lower(*arguments)
-    hidden = found["forward"][1][1].hidden
-    yield "transfer", lambda: transfers(case.mesh).lower(hidden)
+        yield part, *flat(f, arguments)
+    yield "transfer", *flat(transfers(case.mesh), (found["forward"][1][1].hidden,))
+
+
+def flat(f: Callable, arguments: tuple, places: Any = None) -> tuple[Callable, list]:
+    """A function without pytrees, jitted, and its arguments: so it can be written to a file."""
+    leaves, structure = jax.tree.flatten(arguments)
+
+    def on_leaves(*leaves):
+        return jax.tree.leaves(f(*structure.unflatten(leaves)))
+
+    return jax.jit(on_leaves, out_shardings=places), leaves

@@ -20,6 +20,8 @@ from whalejax.model.sharding import path_name, stage_spec
 from whalejax.parallel.dualpipe.stage import trace_stage
 from whalejax.parallel.mesh import AXES, STAGE
 
+# of some passes' results the one that others take; they give it first
+FOR_OTHERS = {"forward": 1, "input": 2}
 TRANSFERS = 20  # in one program: one alone is as short as its launch
 
 
@@ -41,8 +43,8 @@ def abstract_stages(state: tuple[Any, Any], model: ModelConfig, mesh: Mesh) -> A
     return jax.tree_util.tree_map_with_path(placed, stages)
 
 
-def draw_leaves(stages: Any, std: float) -> Callable:
-    """A jitted function from a key to the leaves of stages, like abstract ones.
+def draw_leaves(stages: Any, std: float, seed: jax.Array) -> list[jax.Array]:
+    """Leaves like those of abstract stages.
 
     Weights are random with a deviation `std`, norms and biases 1. Layers that are cut out of their
     stack would do as well, but a program that does no more takes XLA minutes.
@@ -54,18 +56,16 @@ def draw_leaves(stages: Any, std: float) -> Callable:
             return jnp.ones(leaf.shape, leaf.dtype)
         return jax.random.normal(key, leaf.shape, leaf.dtype) * std
 
-    def draw(key):
-        return list(map(numbers, jax.random.split(key, len(leaves)), leaves))
-
-    return jax.jit(draw, out_shardings=[leaf.sharding for leaf in leaves])
+    return list(map(numbers, jax.random.split(jax.random.key(seed), len(leaves)), leaves))
 
 
 def passes(
     stages: Any, model: ModelConfig, execution: Execution, length: int
 ) -> dict[str, tuple[Callable, tuple]]:
-    """The passes by name, each as a jitted function and its abstract arguments.
+    """The passes by name, each as a function and its abstract arguments.
 
-    Functions take the stages' leaves, and what `PARTS` says with a leading axis of all devices.
+    Functions take the stages' leaves, and what `PARTS` says with a leading axis of all devices. A
+    forward pass gives first what it keeps, and `input` what weight gradients wait for.
 
     Args:
       stages: abstract, what `abstract_stages` gives.
@@ -87,11 +87,14 @@ def passes(
             leaves, *arguments = jax.tree.map(lambda a: a[0], (leaves, *arguments))
             stage = trace_stage(functions, leaves, None, x, None)
             found = parts_of(stage)[part](leaves, *arguments)
+            if part in FOR_OTHERS:
+                index = FOR_OTHERS[part]
+                found = found[index], found[:index], found[index + 1 :]
             return jax.tree.map(lambda a: jnp.asarray(a)[None], found)
 
         specs = (cuts, *(on_all for _ in PARTS[part]))
         options = {"mesh": mesh, "in_specs": specs, "out_specs": on_all, "check_vma": False}
-        return jax.jit(jax.shard_map(on_rank, **options))
+        return jax.shard_map(on_rank, **options)
 
     def placed(tree):
         place = NamedSharding(mesh, on_all)
@@ -102,16 +105,15 @@ def passes(
 
     calls = {part: call(part) for part in PARTS}
     given = dict.fromkeys(("x", "dy"), placed(jax.tree.map(stacked, x)))
-    _, kept, _ = jax.eval_shape(calls["forward"], leaves, given["x"])
-    given["kept"] = placed(kept)
-    given["slots"] = placed(jax.eval_shape(calls["input"], leaves, given["kept"], given["dy"])[-1])
+    given["kept"] = placed(jax.eval_shape(calls["forward"], leaves, given["x"])[0])
+    given["slots"] = placed(jax.eval_shape(calls["input"], leaves, given["kept"], given["dy"])[0])
     return {
         part: (f, (leaves, *(given[name] for name in PARTS[part]))) for part, f in calls.items()
     }
 
 
 def transfers(mesh: Mesh) -> Callable:
-    """A jitted function that sends `[devices, ...]` on by one stage, `TRANSFERS` times."""
+    """A function that sends `[devices, ...]` on by one stage, `TRANSFERS` times."""
     ranks = mesh.shape[STAGE]
     ring = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
 
@@ -119,4 +121,4 @@ def transfers(mesh: Mesh) -> Callable:
         return lax.fori_loop(0, TRANSFERS, lambda _, x: lax.ppermute(x, STAGE, ring), x)
 
     spec = PartitionSpec(AXES)
-    return jax.jit(jax.shard_map(on_rank, mesh=mesh, in_specs=spec, out_specs=spec))
+    return jax.shard_map(on_rank, mesh=mesh, in_specs=spec, out_specs=spec)

@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from whalejax.bench import report
 from whalejax.bench.compiling import Compiling
@@ -32,7 +34,7 @@ from whalejax.bench.hiding import gpu_planes, hidden, kernels_of, profile
 from whalejax.bench.lockstep import lockstep_s
 from whalejax.bench.passes import in_ms, time_passes
 from whalejax.bench.pipeline import PARTS, one_layer
-from whalejax.bench.pipelined import CHUNKS, Case, Named, lower
+from whalejax.bench.pipelined import CHUNKS, Case, Named, programs_of
 from whalejax.bench.report import Bench, at_least_one
 from whalejax.model.decoder import REMATERIALISATION, Execution
 from whalejax.model.linear import PRECISIONS
@@ -81,14 +83,20 @@ def make_case(arguments: argparse.Namespace, mesh: str, precision: str) -> Case:
     )
 
 
+def options_of(mesh: Mesh) -> dict[str, Any] | None:
+    """The compiler's options: training's, and `OPTIONS`; None for CPUs."""
+    options = overlap_options(mesh)
+    return None if options is None else options | OPTIONS
+
+
 def start_all(bench: Bench, case: Case) -> Programs:
     """Lowers the programs of a case one after the other, while those before compile."""
-    options = overlap_options(case.mesh)
     found: Programs = {}
-    for name, lowering in lower(case, bench.arguments.schedules):
+    for name, f, arguments in programs_of(case, bench.arguments.schedules):
         begin = time.perf_counter()
         try:
-            found[name] = Compiling(lowering(), None if options is None else options | OPTIONS)
+            lowered = f.lower(*arguments)
+            found[name] = Compiling(lowered, options_of(case.mesh))
         except Exception as error:  # the others go on
             found[name] = error
         say(f"{case}: {name} lowered in {time.perf_counter() - begin:.0f} s")
@@ -217,7 +225,7 @@ def run_case(bench: Bench, case: Case, programs: Programs) -> None:
     except Exception as error:  # steps can be timed without
         failed(bench, case, "passes", error)
     if "state" in compiled:
-        state = compiled["state"](jax.random.key(0))
+        state = compiled["state"](jax.device_put(jnp.int32(0), case.everywhere))
         time_steps(bench, case, compiled, state, times)
 
 
