@@ -110,6 +110,7 @@ def profile(call: Any, folder: Path) -> Path:
     before = set(folder.rglob("*.xplane.pb"))
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # Python's calls would fill the buffers
+    options.enable_hlo_proto = False  # of all programs that the process has
     with jax.profiler.trace(str(folder), profiler_options=options):
         call()
     return max(set(folder.rglob("*.xplane.pb")) - before)
