@@ -9,6 +9,9 @@ from whalejax.bench import schedules
 SMALL = ["--mesh", "stage=2,expert=2", "--precision", "bf16", "--length", "16", "--rounds", "1"]
 
 
+WAYS = ("1f1b", "zb1p", "dualpipe", "dualpipev", "interleaved")
+
+
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -63,17 +66,23 @@ def make(tmp_path, *options):
 
 
 def test_a_schedule_that_computes_something_else_is_not_timed(tmp_path, monkeypatch):
-    bench, case = make(tmp_path, "--schedules", "1f1b", "zb1p", "dualpipe", "dualpipev")
-    norms = {"1f1b": 2.0, "zb1p": 2.1, "dualpipe": float("nan"), "dualpipev": 2.01}
+    bench, case = make(tmp_path, "--schedules", *WAYS)
+    found = {
+        "1f1b": (5.5, 2.0, 0),
+        "zb1p": (5.5, 2.1, 0),
+        "dualpipe": (5.5, float("nan"), 0),
+        "dualpipev": (5.51, 2.01, 0),
+        "interleaved": (5.5, 2.0, 1),  # a choice of an expert was left out
+    }
     programs = {
-        name: lambda *_, norm=norm: (jnp.float32(5.5), jnp.float32(norm))
-        for name, norm in norms.items()
+        name: lambda *_, values=values: [jnp.float32(value) for value in values]
+        for name, values in found.items()
     }
     timed = []
     monkeypatch.setattr(schedules, "time_schedule", lambda *a: timed.append(a[2]))
     schedules.time_steps(bench, case, programs, (), None)
     assert timed == ["1f1b", "dualpipev"]
-    assert [row["op"] for row in bench.rows] == ["zb1p", "dualpipe"]
+    assert [row["op"] for row in bench.rows] == ["zb1p", "dualpipe", "interleaved"]
     assert all("gradient's norm" in row["error"] for row in bench.rows)
 
 

@@ -95,13 +95,16 @@ class Case:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.mesh))
 
     def step(self, schedule: str) -> Callable:
-        """A function of parameters, biases and tokens: loss and norm of the gradient."""
+        """A function of parameters, biases and tokens.
+
+        It gives the loss, the norm of the gradient, and how many choices of experts were left out.
+        """
         pipeline = Named(schedule=schedule, microbatches=self.microbatches)
 
         def run(params, router_bias, tokens):
             options = self.model, LossConfig(), self.execution, pipeline, router_bias
-            (loss, _), gradient = pipelined_gradient(*options)(params, tokens)
-            return loss, global_norm(gradient, None)
+            (loss, parts), gradient = pipelined_gradient(*options)(params, tokens)
+            return loss, global_norm(gradient, None), parts.overflow
 
         return run
 
