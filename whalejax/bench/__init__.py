@@ -1,3 +1,13 @@
 """Benchmarks: one module an area; `SHARED` names those that benchmarks are made of."""
 
-SHARED = ("peers", "report", "timing")
+SHARED = (
+    "compiling",
+    "hiding",
+    "lockstep",
+    "passes",
+    "peers",
+    "pipelined",
+    "ranks",
+    "report",
+    "timing",
+)

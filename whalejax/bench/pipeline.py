@@ -10,7 +10,8 @@ layers, and transfers that the traffic model adds.
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,15 @@ from whalejax.training.pipeline import can_wait
 LENGTH, LAYERS, RANKS, EXPERT_RANKS = 4096, 4, 16, 64
 MICROBATCHES, CHUNKS = (32, 64, 128), (2, 4)
 LOCAL_EXPERTS = 4  # of 256 on 64 ranks
+# what passes of a stage take beside its parameters: what travels into it, the gradient of what
+# leaves it, what a forward pass keeps for its backward pass, what weight gradients wait for
+PARTS = {
+    "forward": ("x",),
+    "backward": ("kept", "dy"),
+    "input": ("kept", "dy"),
+    "weight": ("slots",),
+    "overlapped": ("x", "kept", "dy"),
+}
 
 
 def one_layer(model: ModelConfig, experts: int) -> ModelConfig:
@@ -45,14 +55,9 @@ def one_layer(model: ModelConfig, experts: int) -> ModelConfig:
     return dataclasses.replace(model, **parts, moe=moe, vocab_size=256)
 
 
-def draw_stage(
-    model: ModelConfig, execution: Execution, length: int
-) -> tuple[Stage, list[jax.Array], Travelling]:
-    """A traced stage of the model's one layer, its parameters, and what travels into it."""
-    decoder = jax.jit(lambda key: Decoder(model, rngs=nnx.Rngs(params=key)))(jax.random.key(0))
-    _, params, router_bias = nnx.split(decoder, nnx.Param, RouterBias)
-    stages, _ = split(params, router_bias, divide(model, 1))
-    flat, structure = jax.tree_util.tree_flatten_with_path(jax.tree.map(lambda a: a[0], stages))
+def functions_of(stage: Any, model: ModelConfig, execution: Execution) -> tuple[Functions, list]:
+    """What a pipeline runs of one stage's parameters and biases, and these as a list."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(stage)
     functions = Functions(
         first=None,
         stage=lambda stage, x: run_stage(stage, x, model, execution),
@@ -62,39 +67,55 @@ def draw_stage(
         trained=tuple(range(len(flat))),
         deferred=tuple(i for i, (path, leaf) in enumerate(flat) if can_wait(path, leaf)),
     )
+    return functions, [leaf for _, leaf in flat]
+
+
+def draw_stage(
+    model: ModelConfig, execution: Execution, length: int
+) -> tuple[Stage, list[jax.Array], Travelling]:
+    """A traced stage of the model's one layer, its parameters, and what travels into it."""
+    decoder = jax.jit(lambda key: Decoder(model, rngs=nnx.Rngs(params=key)))(jax.random.key(0))
+    _, params, router_bias = nnx.split(decoder, nnx.Param, RouterBias)
+    stages, _ = split(params, router_bias, divide(model, 1))
+    functions, leaves = functions_of(jax.tree.map(lambda a: a[0], stages), model, execution)
     shape = (1, length, model.hidden_size)
     hidden = jax.random.normal(jax.random.key(1), shape, execution.precision.dtype)
     x = Travelling(hidden, jnp.zeros((), jnp.float32))
-    leaves = [leaf for _, leaf in flat]
     return trace_stage(functions, leaves, None, x, None), leaves, x
 
 
-def time_parts(bench: Bench, precision: str, model: ModelConfig, length: int) -> dict[str, float]:
-    """Microseconds of one layer: forward, backward, its halves input and weight, overlapped."""
-    stage, leaves, x = draw_stage(model, Execution(precision=PRECISIONS[precision]), length)
-    dy = x._replace(hidden=jax.random.normal(jax.random.key(2), x.hidden.shape, x.hidden.dtype))
-    _, kept, _ = jax.jit(stage.forward)(leaves, x)
+def parts_of(stage: Stage) -> dict[str, Callable]:
+    """The passes of a stage by name, functions of its parameters and of what `PARTS` says.
 
-    def whole(leaves, kept, dy):
+    The backward pass is whole or in its halves, `input` and `weight`; `overlapped` is a forward and
+    a whole backward pass of two microbatches in one program.
+    """
+
+    def backward(leaves, kept, dy):
         return stage.backward(leaves, kept, dy)[:2]
 
     def input_alone(leaves, kept, dy):
         dx, gradients, slots = stage.backward(leaves, kept, dy)
         return dx, stage.without_deferred(gradients), slots
 
-    def both(leaves, x, kept, dy):
-        return stage.forward(leaves, x), whole(leaves, kept, dy)
+    def overlapped(leaves, x, kept, dy):
+        return stage.forward(leaves, x), backward(leaves, kept, dy)
 
-    slots = jax.jit(input_alone)(leaves, kept, dy)[-1]
-    calls = {
-        "forward": (stage.forward, (leaves, x)),
-        "backward": (whole, (leaves, kept, dy)),
-        "input": (input_alone, (leaves, kept, dy)),
-        "weight": (stage.weight_gradients, (leaves, slots)),
-        "overlapped": (both, (leaves, x, kept, dy)),
-    }
+    found = stage.forward, backward, input_alone, stage.weight_gradients, overlapped
+    return dict(zip(PARTS, found, strict=True))
+
+
+def time_parts(bench: Bench, precision: str, model: ModelConfig, length: int) -> dict[str, float]:
+    """Microseconds of one layer: forward, backward, its halves input and weight, overlapped."""
+    stage, leaves, x = draw_stage(model, Execution(precision=PRECISIONS[precision]), length)
+    dy = x._replace(hidden=jax.random.normal(jax.random.key(2), x.hidden.shape, x.hidden.dtype))
+    parts = parts_of(stage)
+    given = {"x": x, "dy": dy}
+    _, given["kept"], _ = jax.jit(parts["forward"])(leaves, x)
+    given["slots"] = jax.jit(parts["input"])(leaves, given["kept"], dy)[-1]
     found = {}
-    for part, (f, arguments) in calls.items():
+    for part, f in parts.items():
+        arguments = (leaves, *(given[name] for name in PARTS[part]))
         times = bench.time(part, f"layer {precision}", [ours(f, [arguments])])
         found[part] = float(np.median(times["whalejax"].sustained_us))
     return found
