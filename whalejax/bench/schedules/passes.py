@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from whalejax.bench.pipeline import PARTS
-from whalejax.bench.pipelined import Case
-from whalejax.bench.ranks import TRANSFERS
 from whalejax.bench.report import Bench
+from whalejax.bench.schedules.programs import Case
+from whalejax.bench.schedules.ranks import TRANSFERS
 from whalejax.parallel.dualpipe import StageTimes
 from whalejax.parallel.mesh import AXES
 

@@ -14,7 +14,6 @@ XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 
 import argparse
 import dataclasses
-import os
 import statistics
 import sys
 import tempfile
@@ -29,13 +28,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from whalejax.bench import report
-from whalejax.bench.compiling import Compiling
-from whalejax.bench.hiding import gpu_planes, hidden, kernels_of, profile
-from whalejax.bench.lockstep import lockstep_s
-from whalejax.bench.passes import in_ms, time_passes
 from whalejax.bench.pipeline import PARTS, one_layer
-from whalejax.bench.pipelined import CHUNKS, Case, Named, programs_of
 from whalejax.bench.report import Bench, at_least_one
+from whalejax.bench.schedules.compiling import Compiling
+from whalejax.bench.schedules.hiding import gpu_planes, hidden, kernels_of, profile
+from whalejax.bench.schedules.lockstep import lockstep_s
+from whalejax.bench.schedules.passes import in_ms, time_passes
+from whalejax.bench.schedules.programs import CHUNKS, Case, Named, programs_of
 from whalejax.model.decoder import REMATERIALISATION, Execution
 from whalejax.model.linear import PRECISIONS
 from whalejax.parallel.dualpipe import StageTimes, predict
@@ -289,10 +288,3 @@ def table(rows: list[dict[str, Any]]) -> None:
             of_it = hides.get((row["case"], row["implementation"]), {}).get("all-to-all_hidden")
             hiding = "" if of_it is None else f"{100 * of_it:>5.0f} % of all-to-alls hidden"
             print(f"{row['case']:<38}{row['implementation']:<22}{''.join(shown)} ms{hiding}")
-
-
-if __name__ == "__main__":
-    unfinished = main()
-    sys.stdout.flush()
-    if unfinished:  # the compiler's threads would be torn down under it
-        os._exit(0)

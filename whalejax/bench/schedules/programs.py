@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from whalejax.bench.ranks import abstract_stages, draw_leaves, passes, transfers
+from whalejax.bench.schedules.ranks import abstract_stages, draw_leaves, passes, transfers
 from whalejax.model.config import ModelConfig
 from whalejax.model.decoder import Decoder, Execution
 from whalejax.model.parameters import RouterBias

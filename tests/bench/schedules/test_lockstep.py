@@ -1,6 +1,6 @@
 import pytest
 
-from whalejax.bench.lockstep import lockstep_s
+from whalejax.bench.schedules.lockstep import lockstep_s
 from whalejax.parallel.dualpipe import Costs, make_schedule, overlap_pairs, simulate
 from whalejax.parallel.dualpipe.table import tabulate
 

@@ -4,7 +4,7 @@ import threading
 import jax.numpy as jnp
 import pytest
 
-from whalejax.bench import schedules
+from whalejax.bench.schedules import running as schedules
 
 SMALL = ["--mesh", "stage=2,expert=2", "--precision", "bf16", "--length", "16", "--rounds", "1"]
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whalejax.bench import hiding
+from whalejax.bench.schedules import hiding
 
 INTERVALS = st.lists(
     st.tuples(st.integers(0, 40), st.integers(0, 10)).map(lambda pair: (pair[0], sum(pair)))

@@ -1,6 +1,6 @@
 """How much of a program's transfers between GPUs hides behind its computation, from a profile.
 
-`python -m whalejax.bench.hiding FILE.xplane.pb` prints it for every GPU of a saved profile.
+`python -m whalejax.bench.schedules.hiding FILE.xplane.pb` prints it for every GPU of a saved one.
 """
 
 import argparse

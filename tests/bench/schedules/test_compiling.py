@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from whalejax.bench.compiling import Compiling
+from whalejax.bench.schedules.compiling import Compiling
 
 
 class Program:
