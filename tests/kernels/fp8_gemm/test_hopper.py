@@ -214,6 +214,26 @@ def test_extreme_groups(run, sizes):
     assert_rows_close(out, expected, tolerance=TOLERANCE["bfloat16"])
 
 
+def test_half_empty_tiles_in_clusters_again_and_again(run):
+    """On a GPU often enough for a warp to be late: one that others leave behind waits for ever."""
+    groups, calls = (256, 10_000) if ON_GPU else (2, 1)
+    case = grouped_cases.Case(sizes=(60,) * groups, n=200, k=768)
+    x, w, sizes = grouped_cases.draw(case, jax.random.key(0))
+    arguments = *quantized(x, w), sizes
+    tuning, dtype = Tuning(tile_n=192, stages=4, cluster=2), jnp.dtype(BF16)
+
+    def repeat(x, w, sizes):
+        def call(_, out):
+            again = sizes + (out[0, 0] != out[0, 0]).astype(jnp.int32)  # after the call before
+            return grouped_hopper.fp8_grouped_matmul(x, w, again, dtype, tuning)
+
+        first = grouped_hopper.fp8_grouped_matmul(x, w, sizes, dtype, tuning)
+        return jax.lax.fori_loop(1, calls, call, first)
+
+    expected = fp8_reference.fp8_grouped_matmul(*arguments, F32)
+    assert_rows_close(run(repeat, *arguments), expected, tolerance=TOLERANCE["bfloat16"])
+
+
 @pytest.mark.parametrize(
     ("case", "tuning"),
     [

@@ -110,8 +110,10 @@ def one_device(x, idx, weights, w):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("ranks", [4, 8])
-@pytest.mark.parametrize("replicas", ["uniform", "replicated", "planned"])
+@pytest.mark.parametrize(
+    ("ranks", "replicas"),
+    [(4, "uniform"), (4, "replicated"), (4, "planned"), (8, "uniform"), (8, "replicated")],
+)
 @pytest.mark.parametrize("kind", ["all chosen", "some unselected", "all to one"])
 def test_equals_every_tokens_own_experts(way, ranks, replicas, kind):
     arrays = draw(kind, ranks)
