@@ -15,7 +15,7 @@ CTAS_PER_SM = 2  # one's stores run while the other waits for its first loads
 ROW_BYTES = 128  # a warpgroup's threads announce a copy's bytes together
 STAGES, STORING = 12, 5  # at most
 FEWEST_STAGES = 2
-SUMS = 2  # rows in SMEM beside the ring
+SUMS = 2  # on their way to other ranks; gathering needs a row of zeros instead
 
 
 def unusable() -> str | None:
@@ -70,10 +70,9 @@ def gather_rows(
         stages=stages,
         storing=min(STORING, stages // 2),
     )
-    zeros = [jnp.zeros((a.shape[1],), a.dtype) for a in arrays]
     arguments = [share.spread(plan.row_of, rows), *arrays]
     if zero_padding:
-        arguments += [padding(plan, problem), *zeros]
+        arguments += [padding(plan, problem), *(jnp.zeros_like(a[0]) for a in arrays)]
     outs = call(build, problem, arguments=unvarying(tuple(arguments)))
     return [out[:, :width] for out, width in zip(outs, widths, strict=True)]
 

@@ -17,11 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from whalejax.kernels.mosaic import compiler_params
+from whalejax.kernels.peers.hopper import SUMS
 from whalejax.kernels.peers.sharing import Share, copy_in, lanes
 
 F32 = jnp.float32
 ADDER, LOADER = range(2)  # warpgroups
-SUMS = 2  # on their way
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

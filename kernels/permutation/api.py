@@ -15,6 +15,8 @@ from whalejax.kernels.accumulation import accumulator
 from whalejax.kernels.backend import vary_like
 from whalejax.kernels.groups import aligned, exclusive_cumsum, group_of_tiles
 
+FEW_CHOICES = 8192  # a GPU compares all pairs of so many sooner than it sorts them
+
 
 class Permutation(NamedTuple):
     """Where each choice of each token lies among the experts' rows.
@@ -91,9 +93,6 @@ def plan_permutation(
     plan = Permutation(row_of.reshape(topk_idx.shape), source, kept, overflow)
     # else XLA works a row's place out again for every element of it
     return jax.lax.optimization_barrier(plan)
-
-
-FEW_CHOICES = 8192  # a GPU compares all pairs of so many sooner than it sorts them
 
 
 def _sort(expert, num_experts):

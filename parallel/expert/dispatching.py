@@ -25,7 +25,7 @@ from whalejax.kernels.permutation import Permutation, num_rows, plan_permutation
 from whalejax.kernels.quantization import QuantizedArray
 from whalejax.parallel.expert.exchange import Route, send, send_again, send_back
 from whalejax.parallel.expert.payload import ROW_TILE, guard, payload_of
-from whalejax.parallel.expert.peers import Peers, check, sum_at_home
+from whalejax.parallel.expert.peers import Peers, check_peers, sum_at_home
 from whalejax.parallel.expert.placement import Placement
 from whalejax.parallel.expert.ragged import (
     Limits,
@@ -335,7 +335,7 @@ def _check_options(x, method, quantized, axes, limits):
             f"positive, and not both max_rows and max_tokens"
         )
     if method == "peer":
-        check(x)
+        check_peers(x)
 
 
 def _check_handle(x, topk_idx, topk_weights, axes, handle):

@@ -40,7 +40,7 @@ def peers_of(here: jax.Array, slots: jax.Array, slots_per_rank: int, ranks: int)
     return Peers(jnp.any(here >= 0, axis=1), jnp.any(chosen, axis=1))
 
 
-def check(x: jax.Array) -> None:
+def check_peers(x: jax.Array) -> None:
     """Raises NotImplementedError where there are GPUs, but not for kernels that read peers."""
     if no_gpu() is None and (reason := why_not(x)) is not None:
         raise NotImplementedError(f"dispatch: method='peer' cannot run: {reason}")

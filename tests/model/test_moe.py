@@ -137,6 +137,8 @@ def test_every_exchange_gives_the_same_output(exchange):
     )
     wanted = run(x, exchange="all_to_all")
     np.testing.assert_allclose(run(x, exchange=exchange), wanted, rtol=1e-5, atol=1e-6)
+    assert "all_to_all" in str(run.trace(x, exchange="all_to_all").jaxpr)
+    assert "all_to_all" not in str(run.trace(x, exchange=exchange).jaxpr).replace("ragged_all", "")
 
 
 @pytest.mark.parametrize(
