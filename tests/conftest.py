@@ -1,4 +1,4 @@
-"""Eight CPU devices, implicit promotions as errors, and an S3 server for who asks for it."""
+"""Eight CPU devices, implicit promotions as errors, and what several rooms' tests ask for."""
 
 import errno
 import os
@@ -21,6 +21,27 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_before(tmp_path_factory) -> Iterator[None]:
+    """Keeps programs that took long to compile for later tests, and for processes they start.
+
+    Most of the tests' time is compilation, and runs that go on compile what the first one did.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        yield
+        return
+    folder = tmp_path_factory.mktemp("compiled")
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
+    yield
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -33,3 +33,9 @@ def test_transfers_are_bare_alone_and_hidden_where_passes_overlap():
     assert small.overlapped == pytest.approx(300 * layers)  # never less than both computed
     large = pipeline.stage_times(parts, (250.0, 260.0))
     assert large.overlapped == pytest.approx(510 * layers)  # what does not fit is bare
+
+
+def test_a_part_that_was_timed_longer_than_its_whole_takes_all_of_it():
+    parts = {"forward": 100.0, "backward": 200.0, "weight": 700.0, "overlapped": 290.0}
+    found = pipeline.stage_times(parts, (50.0, 60.0))
+    assert found.weight == found.backward == pytest.approx(260 * pipeline.LAYERS * 1e-6)

@@ -151,7 +151,8 @@ def stage_times(parts: dict[str, float], transfers: tuple[float, float]) -> Stag
     layer = {
         "forward": parts["forward"] + there,
         "backward": parts["backward"] + back,
-        "weight": parts["weight"],
+        # of a busy machine's times, that of the part may be longer than that of the whole
+        "weight": min(parts["weight"], parts["backward"] + back),
         "overlapped": max(computed, there + back),
     }
     activation = LENGTH * preset("v3").hidden_size * 2
