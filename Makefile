@@ -37,7 +37,7 @@ demo-parallel: venv
 	JAX_PLATFORMS=cpu $(VENV)/bin/python examples/train_parallel.py
 
 test: $(VENV)/.test
-	$(VENV)/bin/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n 2 $(PYTEST_ARGS)
 
 # Against transformers' DeepSeek models in PyTorch on the CPU.
 parity: $(VENV)/.torch
