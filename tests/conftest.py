@@ -27,7 +27,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def compiled_before(tmp_path_factory) -> Iterator[None]:
     """Keeps programs that took long to compile for later tests, and for processes they start.
 
-    Most of the tests' time is compilation, and runs that go on compile what the first one did.
+    Most of the tests' time is compilation, and runs that go on compile what the first one did. A
+    folder that the environment names is used instead.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         yield

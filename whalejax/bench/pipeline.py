@@ -141,6 +141,14 @@ def transfers_us(quantized: bool) -> tuple[float, float]:
     return (us(True) if quantized else plain) + plain, 2 * plain
 
 
+def weight_time(parts: dict[str, float]) -> float:
+    """The time of weight gradients, at most that of the backward pass whose part they are.
+
+    Both are timed apart, and a machine may be busy with other things meanwhile.
+    """
+    return min(parts["weight"], parts["backward"])
+
+
 def stage_times(parts: dict[str, float], transfers: tuple[float, float]) -> StageTimes:
     """Seconds of a stage of `LAYERS` layers, from microseconds of one.
 
@@ -151,8 +159,7 @@ def stage_times(parts: dict[str, float], transfers: tuple[float, float]) -> Stag
     layer = {
         "forward": parts["forward"] + there,
         "backward": parts["backward"] + back,
-        # of a busy machine's times, that of the part may be longer than that of the whole
-        "weight": min(parts["weight"], parts["backward"] + back),
+        "weight": weight_time(parts),
         "overlapped": max(computed, there + back),
     }
     activation = LENGTH * preset("v3").hidden_size * 2

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from whalejax.bench.pipeline import PARTS
+from whalejax.bench.pipeline import PARTS, weight_time
 from whalejax.bench.report import Bench
 from whalejax.bench.schedules.programs import Case
 from whalejax.bench.schedules.ranks import TRANSFERS
@@ -39,8 +39,7 @@ def time_passes(bench: Bench, case: Case, programs: dict) -> StageTimes:
         bench, case, "transfer", programs["transfer"], arguments, **options
     )
     del found["input"]  # `predict` takes it to be what is left of the backward pass
-    found["weight"] = min(found["weight"], found["backward"])
-    return StageTimes(**found)
+    return StageTimes(**found | {"weight": weight_time(found)})
 
 
 def number_of(program: jax.stages.Compiled) -> int:
