@@ -7,6 +7,7 @@ every turn.)
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -138,43 +139,73 @@ def first_state(table: Table, stage: Stage, data: Data) -> State:
 
 def run_tick(part: Part, tick: Tick, state: State, data: Data, stage: Stage, axis: str) -> State:
     """One tick: reads, forward, backward, weight gradient, transfers."""
-    if part.forward.some:
-        x, state = _take(state, "inputs", tick.forward.source)
-    if part.backward.some:
-        kept, state = _take(state, "activations", tick.backward.slot)
-        dy, state = _take(state, "gradients", tick.backward.source)
+    run = _side_by_side if part.forward.always and part.backward.always else _in_turn
+    return run(part, tick, state, data, stage, axis)
+
+
+def _side_by_side(part, tick, state, data, stage, axis):
+    """A tick of all ranks' forward and backward passes: they may overlap."""
+    x, state = _take(state, "inputs", tick.forward.source)
+    kept, state = _take(state, "activations", tick.backward.slot)
+    dy, state = _take(state, "gradients", tick.backward.source)
     if part.weight.some:
-        slots, state = _take(state, "deferred", tick.weight.slot)
-    if part.forward.some:
-        with jax.named_scope("forward"):
-            y, state = forward(part, tick.forward, x, state, data, stage)
-        state = _send(state, "inputs", y, part.outputs, tick.outputs, axis)
+        state = _weight_in_turn(part, tick, state, data, stage)
+    with jax.named_scope("forward"):
+        y, state = forward(part, tick.forward, x, state, data, stage)
+    state = _send(state, "inputs", y, part.outputs, tick.outputs, axis)
+    with jax.named_scope("backward"):
+        dx, state = backward(part, tick.backward, kept, dy, state, data, stage)
+    return _send(state, "gradients", dx, part.gradients, tick.gradients, axis)
+
+
+def _in_turn(part, tick, state, data, stage, axis):
+    """A tick in which some ranks skip passes, whose conditionals would not overlap anyway.
+
+    Who skips a pass moves nothing but an empty message. Slots are read before others are written.
+    """
+
+    def run_backward(state):
+        kept = _read(state.activations, tick.backward.slot)
+        dy = _read(state.gradients, tick.backward.source)
+        return backward(part, tick.backward, kept, dy, state, data, stage)
+
+    def run_forward(state):
+        x = _read(state.inputs, tick.forward.source)
+        return forward(part, tick.forward, x, state, data, stage)
+
+    if part.weight.some:
+        state = _weight_in_turn(part, tick, state, data, stage)
     if part.backward.some:
         with jax.named_scope("backward"):
-            dx, state = backward(part, tick.backward, kept, dy, state, data, stage)
+            busy = _busy(part.backward, tick.backward.microbatch)
+            dx, state = _when(busy, run_backward, state, stage.x)
         state = _send(state, "gradients", dx, part.gradients, tick.gradients, axis)
-    if part.weight.some:
-        with jax.named_scope("weight"):
-            state = weight(part, tick.weight, slots, state, data, stage)
+    if part.forward.some:
+        with jax.named_scope("forward"):
+            busy = _busy(part.forward, tick.forward.microbatch)
+            y, state = _when(busy, run_forward, state, stage.x)
+        state = _send(state, "inputs", y, part.outputs, tick.outputs, axis)
     return state
+
+
+def _weight_in_turn(part, tick, state, data, stage):
+    def run(state):
+        slots = _read(state.deferred, tick.weight.slot)
+        return (), weight(part, tick.weight, slots, state, data, stage)
+
+    with jax.named_scope("weight"):
+        return _when(_busy(part.weight, tick.weight.microbatch), run, state, ())[1]
 
 
 def forward(
     part: Part, row: Any, received: Any, state: State, data: Data, stage: Stage
 ) -> tuple[Any, State]:
-    """The forward pass of this rank's microbatch, if it has one; gives its output."""
-    busy = _busy(part.forward, row.microbatch)
+    """The forward pass of this rank's microbatch; gives its output."""
     chunk = _chunk(part.forward, row.chunk)
-    at = jnp.take(data.stages, jnp.maximum(row.chunk, 0))
-    is_first = (at == 0) & (row.microbatch != NONE)
-    is_last = row.loss != NONE
-    parameters = _chunk_of(data.chunks, chunk)
     inputs = _at(data.inputs, row.microbatch)
+    is_first = jnp.take(data.stages, row.chunk) == 0
     x = lax.cond(is_first, lambda: stage.functions.enter(data.ends, inputs), lambda: received)
-
-    shapes = stage.x, stage.kept, stage.aux
-    y, kept, aux = _if(busy, lambda: stage.forward(parameters, x), shapes)
-    activations = _put(state.activations, row.slot, kept, busy)
+    y, kept, aux = stage.forward(_chunk_of(data.chunks, chunk), x)
 
     def close(end_sums):
         labels = _at(data.labels, row.microbatch)
@@ -184,13 +215,13 @@ def forward(
     def skip(end_sums):
         return *zeros_like((stage.loss, stage.loss_aux, stage.x)), end_sums
 
+    is_last = row.loss != NONE
     loss, loss_aux, dy, end_sums = lax.cond(is_last, close, skip, state.end_sums)
-    losses = state.losses.at[jnp.maximum(row.microbatch, 0)].add(loss)
     state = dataclasses.replace(
         state,
-        activations=activations,
+        activations=_put(state.activations, row.slot, kept, True),
         gradients=_put(state.gradients, row.loss, dy, is_last),
-        losses=losses,
+        losses=state.losses.at[row.microbatch].add(loss),
         end_sums=end_sums,
         aux=_add_to_chunk(state.aux, chunk, aux),
         loss_aux=_added(state.loss_aux, loss_aux),
@@ -201,52 +232,42 @@ def forward(
 def backward(
     part: Part, row: Any, kept: list, dy: Any, state: State, data: Data, stage: Stage
 ) -> tuple[Any, State]:
-    """The backward pass of this rank's microbatch, if it has one; gives its input's gradient."""
-    busy = _busy(part.backward, row.microbatch)
+    """The backward pass of this rank's microbatch; gives its input's gradient."""
     chunk = _chunk(part.backward, row.chunk)
-    at = jnp.take(data.stages, jnp.maximum(row.chunk, 0))
     parameters = _chunk_of(data.chunks, chunk)
 
-    def whole():
+    def whole(sums, deferred):
+        dx, gradients, _ = stage.backward(parameters, kept, dy)
+        return dx, _add_to_chunk(sums, chunk, gradients), deferred
+
+    def input_alone(sums, deferred):
         dx, gradients, slots = stage.backward(parameters, kept, dy)
-        return dx, gradients, zeros_like(slots)
+        sums = _add_to_chunk(sums, chunk, stage.without_deferred(gradients))
+        return dx, sums, _put(deferred, row.deferred, slots, True)
 
-    def input_alone():
-        dx, gradients, slots = stage.backward(parameters, kept, dy)
-        return dx, stage.without_deferred(gradients), slots
-
-    def run():
-        if not part.deferred.some:
-            return whole()
-        if part.deferred.always:
-            return input_alone()
-        return lax.cond(row.deferred != NONE, input_alone, whole)
-
-    shapes = stage.x, _trained(stage, parameters), stage.slots
-    dx, gradients, slots = _if(busy, run, shapes)
-    deferred = state.deferred
-    if part.deferred.some:
-        deferred = _put(deferred, row.deferred, slots, row.deferred != NONE)
+    given = state.sums, state.deferred
+    if not part.deferred.some:
+        dx, sums, deferred = whole(*given)
+    elif part.deferred.always:
+        dx, sums, deferred = input_alone(*given)
+    else:
+        dx, sums, deferred = lax.cond(row.deferred != NONE, input_alone, whole, *given)
 
     def enter(end_sums):
         inputs = _at(data.inputs, row.microbatch)
         return _added(end_sums, stage.enter_backward(data.ends, inputs, dx))
 
-    is_first = (at == 0) & (row.microbatch != NONE)
     end_sums = state.end_sums
     if jax.tree.leaves(end_sums):
+        is_first = jnp.take(data.stages, row.chunk) == 0
         end_sums = lax.cond(is_first, enter, lambda sums: sums, end_sums)
-    sums = _add_to_chunk(state.sums, chunk, gradients)
     return dx, dataclasses.replace(state, sums=sums, deferred=deferred, end_sums=end_sums)
 
 
 def weight(part: Part, row: Any, slots: Any, state: State, data: Data, stage: Stage) -> State:
-    """The deferred weight gradients of this rank's microbatch, if it has some."""
+    """The deferred weight gradients of this rank's microbatch."""
     chunk = _chunk(part.weight, row.chunk)
-    parameters = _chunk_of(data.chunks, chunk)
-    busy = _busy(part.weight, row.microbatch)
-    shapes = _trained(stage, parameters)
-    gradients = _if(busy, lambda: stage.weight_gradients(parameters, slots), shapes)
+    gradients = stage.weight_gradients(_chunk_of(data.chunks, chunk), slots)
     return dataclasses.replace(state, sums=_add_to_chunk(state.sums, chunk, gradients))
 
 
@@ -272,9 +293,15 @@ def _trained(stage, parameters):
     return [parameters[key] for key in stage.functions.trained]
 
 
-def _if(busy, run: Callable, shapes) -> Any:
-    """`run()`, or zeros of these shapes if this rank is not busy."""
-    return run() if busy is True else lax.cond(busy, run, lambda: zeros_like(shapes))
+def _when(busy, run: Callable, state: State, shapes) -> tuple[Any, State]:
+    """`run(state)`, or zeros of these shapes and the state as it was if this rank is not busy.
+
+    The state is changed in place: buffers that go into a conditional come out of it.
+    """
+    if busy is True:
+        return run(state)
+    found = lax.cond(busy, run, lambda state: (zeros_like(shapes), state), state)
+    return lax.optimization_barrier(found)  # what follows may write where this has read
 
 
 def _at(tree, index):
@@ -282,12 +309,17 @@ def _at(tree, index):
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), tree)
 
 
+def _read(buffers, slot):
+    """What lies in a slot; zeros where there are no slots."""
+    if not all(leaf.shape[0] for leaf in jax.tree.leaves(buffers)):
+        return jax.tree.map(lambda a: jnp.zeros(a.shape[1:], a.dtype), buffers)
+    return _at(buffers, slot)
+
+
 def _take(state, name, slot):
     """A copy of a slot, and the state, whose later writes come after the copying."""
     buffers = getattr(state, name)
-    if not all(leaf.shape[0] for leaf in jax.tree.leaves(buffers)):
-        return jax.tree.map(lambda a: jnp.zeros(a.shape[1:], a.dtype), buffers), state
-    taken, buffers = lax.optimization_barrier((_at(buffers, slot), buffers))
+    taken, buffers = lax.optimization_barrier((_read(buffers, slot), buffers))
     return taken, dataclasses.replace(state, **{name: buffers})
 
 
@@ -326,13 +358,15 @@ def _added(sums, values):
 
 
 def _add_to_chunk(sums, chunk, values):
-    """The sums of all chunks, with values added to one's."""
+    """The sums of all chunks, with values added to one's, in place; None adds nothing."""
+
+    def add(value, total):
+        return total if value is None else total + value.astype(total.dtype)
+
+    def add_to(chosen, sums):
+        own = jax.tree.map(add, values, sums[chosen], is_leaf=lambda value: value is None)
+        return *sums[:chosen], own, *sums[chosen + 1 :]
+
     if isinstance(chunk, int):
-        return tuple(_added(s, values) if c == chunk else s for c, s in enumerate(sums))
-    if len(sums) == 1:
-        return (_added(sums[0], values),)
-
-    def masked(c):
-        return jax.tree.map(lambda v: jnp.where(chunk == c, v, jnp.zeros_like(v)), values)
-
-    return tuple(_added(s, masked(c)) for c, s in enumerate(sums))
+        return add_to(chunk, sums)
+    return lax.switch(chunk, [functools.partial(add_to, c) for c in range(len(sums))], sums)

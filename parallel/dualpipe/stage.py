@@ -92,18 +92,18 @@ class Stage:
         return dx, gradients, slots
 
     def without_deferred(self, gradients: list) -> list:
-        """Gradients of the trained parameters, zeros for those that wait."""
+        """Gradients of the trained parameters, None for those that wait."""
         waiting = set(self.deferral.keys)
         return [
-            jnp.zeros_like(gradient) if key in waiting else gradient
+            None if key in waiting else gradient
             for key, gradient in zip(self.functions.trained, gradients, strict=True)
         ]
 
     def weight_gradients(self, parameters: Sequence[jax.Array], slots: Any) -> list:
-        """Gradients of the trained parameters that waited, zeros for the others."""
+        """Gradients of the trained parameters that waited, None for the others."""
         found = self.deferral.weight_gradients(parameters, slots)
         return [
-            found.get(key, jnp.zeros_like(parameters[key])).astype(parameters[key].dtype)
+            found[key].astype(parameters[key].dtype) if key in found else None
             for key in self.functions.trained
         ]
 
