@@ -1,8 +1,9 @@
 """A table run as one program on all ranks: loops over ticks, in which arrays travel and wait.
 
-Each tick reads its slots, runs what the table says, and writes. What is read is copied out of its
-slot first: so the forward pass, which writes into slots, need not wait for the backward pass, which
-reads them, and on GPUs no buffer is copied as a whole. (XLA:CPU copies those of activations in
+Where all ranks run a forward and a backward pass, these may overlap: what a tick reads is copied
+out of its slots first, so the forward pass, which writes into slots, need not wait for the backward
+pass, which reads them. In other ticks each pass is a conditional that all state goes through, one
+after the other. On GPUs no buffer is copied as a whole. (XLA:CPU copies those of activations in
 every turn.)
 """
 
@@ -159,9 +160,9 @@ def _side_by_side(part, tick, state, data, stage, axis):
 
 
 def _in_turn(part, tick, state, data, stage, axis):
-    """A tick in which some ranks skip passes, whose conditionals would not overlap anyway.
+    """A tick in which some ranks skip passes: one after the other, as conditionals never overlap.
 
-    Who skips a pass moves nothing but an empty message. Slots are read before others are written.
+    Who skips a pass reads, adds and keeps nothing. The order is that in which slots become free.
     """
 
     def run_backward(state):
@@ -179,11 +180,14 @@ def _in_turn(part, tick, state, data, stage, axis):
         with jax.named_scope("backward"):
             busy = _busy(part.backward, tick.backward.microbatch)
             dx, state = _when(busy, run_backward, state, stage.x)
-        state = _send(state, "gradients", dx, part.gradients, tick.gradients, axis)
     if part.forward.some:
         with jax.named_scope("forward"):
             busy = _busy(part.forward, tick.forward.microbatch)
             y, state = _when(busy, run_forward, state, stage.x)
+    # only now: a rank that waits for another's backward pass would go forward after it
+    if part.backward.some:
+        state = _send(state, "gradients", dx, part.gradients, tick.gradients, axis)
+    if part.forward.some:
         state = _send(state, "inputs", y, part.outputs, tick.outputs, axis)
     return state
 

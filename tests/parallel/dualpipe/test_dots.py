@@ -58,7 +58,7 @@ def dots(stage, name, microbatches, **options):
             path = re.search('op_name="([^"]*)"', line).group(1)
             words = re.findall(r"(?<=/)(?:ticks|turn|forward|backward|weight|branch)[_\d]*", path)
             found[words[0]][" ".join(word.rstrip("_") for word in words[1:])] += 1
-    return list(found.values())
+    return [found[segment] for segment in sorted(found, key=lambda name: int(name.split("_")[1]))]
 
 
 def waits(path, leaf):
