@@ -29,6 +29,10 @@ def test_intervals_are_sets_of_ticks(first, second):
     [
         ("ncclDevKernel_SendRecv(ncclDevKernelArgs)", "all-to-all-start.3", "all-to-all"),
         ("ncclDevKernel_SendRecv", "while.1/cond.2/collective-permute-start", "collective-permute"),
+        ("ncclDevKernel_SendRecv", "all_to_all.92.1", "all-to-all"),
+        ("ncclDevKernel_SendRecv", "ragged_all_to_all.3", "ragged-all-to-all"),
+        ("ncclDevKernel_SendRecv", "ppermute.288.1", "collective-permute"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "psum.582.1", "all-reduce"),
         ("ncclDevKernel_SendRecv", None, "send-recv"),
         ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", None, "collective"),
         ("RaggedAllToAllKernel", "ragged-all-to-all.7", "ragged-all-to-all"),

@@ -19,6 +19,7 @@ COLLECTIVES = (
     "all-gather",
     "reduce-scatter",
 )
+JAX_NAMES = {"ppermute": "collective-permute", "psum": "all-reduce", "pmax": "all-reduce"}
 COMPUTE, COPY = "compute", "copy"
 Intervals = Sequence[tuple[float, float]]  # of starts and ends
 
@@ -53,8 +54,13 @@ def shared(first: Intervals, second: Intervals) -> float:
 
 
 def kind_of(name: str, stats: dict[str, Any]) -> str:
-    """What a kernel belongs to, from its name and from the XLA operation that launched it."""
+    """What a kernel belongs to, from its name and from the XLA operation that launched it.
+
+    XLA calls an operation either as it calls all of its kind, or after the function of JAX's.
+    """
     operation = str(stats.get("hlo_op", "")).split("/")[-1]  # the innermost of nested ones
+    base, *number = operation.split(".")
+    operation = ".".join((JAX_NAMES.get(base, base.replace("_", "-")), *number))
     name = name.lower()
     for collective in COLLECTIVES:
         if operation.startswith(collective):
