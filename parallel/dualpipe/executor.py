@@ -8,7 +8,6 @@ every turn.)
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,16 @@ from jax import lax
 
 from whalejax.kernels.accumulation import accumulator
 from whalejax.parallel.dualpipe.moving import pick
-from whalejax.parallel.dualpipe.segments import Lane, Part, Segment
+from whalejax.parallel.dualpipe.segments import Part, Segment
+from whalejax.parallel.dualpipe.slots import (
+    add_to_chunk,
+    added,
+    at,
+    exchange,
+    put,
+    read,
+    zeros_like,
+)
 from whalejax.parallel.dualpipe.stage import Stage
 from whalejax.parallel.dualpipe.table import NONE, Table
 
@@ -166,12 +174,12 @@ def _in_turn(part, tick, state, data, stage, axis):
     """
 
     def run_backward(state):
-        kept = _read(state.activations, tick.backward.slot)
-        dy = _read(state.gradients, tick.backward.source)
+        kept = read(state.activations, tick.backward.slot)
+        dy = read(state.gradients, tick.backward.source)
         return backward(part, tick.backward, kept, dy, state, data, stage)
 
     def run_forward(state):
-        x = _read(state.inputs, tick.forward.source)
+        x = read(state.inputs, tick.forward.source)
         return forward(part, tick.forward, x, state, data, stage)
 
     if part.weight.some:
@@ -194,7 +202,7 @@ def _in_turn(part, tick, state, data, stage, axis):
 
 def _weight_in_turn(part, tick, state, data, stage):
     def run(state):
-        slots = _read(state.deferred, tick.weight.slot)
+        slots = read(state.deferred, tick.weight.slot)
         return (), weight(part, tick.weight, slots, state, data, stage)
 
     with jax.named_scope("weight"):
@@ -206,15 +214,15 @@ def forward(
 ) -> tuple[Any, State]:
     """The forward pass of this rank's microbatch; gives its output."""
     chunk = _chunk(part.forward, row.chunk)
-    inputs = _at(data.inputs, row.microbatch)
+    inputs = at(data.inputs, row.microbatch)
     is_first = jnp.take(data.stages, row.chunk) == 0
     x = lax.cond(is_first, lambda: stage.functions.enter(data.ends, inputs), lambda: received)
     y, kept, aux = stage.forward(_chunk_of(data.chunks, chunk), x)
 
     def close(end_sums):
-        labels = _at(data.labels, row.microbatch)
+        labels = at(data.labels, row.microbatch)
         loss, loss_aux, dy, d_ends = stage.close(data.ends, y, labels)
-        return loss, loss_aux, dy, _added(end_sums, d_ends)
+        return loss, loss_aux, dy, added(end_sums, d_ends)
 
     def skip(end_sums):
         return *zeros_like((stage.loss, stage.loss_aux, stage.x)), end_sums
@@ -223,12 +231,12 @@ def forward(
     loss, loss_aux, dy, end_sums = lax.cond(is_last, close, skip, state.end_sums)
     state = dataclasses.replace(
         state,
-        activations=_put(state.activations, row.slot, kept, True),
-        gradients=_put(state.gradients, row.loss, dy, is_last),
+        activations=put(state.activations, row.slot, kept),
+        gradients=put(state.gradients, row.loss, dy, is_last),
         losses=state.losses.at[row.microbatch].add(loss),
         end_sums=end_sums,
-        aux=_add_to_chunk(state.aux, chunk, aux),
-        loss_aux=_added(state.loss_aux, loss_aux),
+        aux=add_to_chunk(state.aux, chunk, aux),
+        loss_aux=added(state.loss_aux, loss_aux),
     )
     return y, state
 
@@ -242,12 +250,12 @@ def backward(
 
     def whole(sums, deferred):
         dx, gradients, _ = stage.backward(parameters, kept, dy)
-        return dx, _add_to_chunk(sums, chunk, gradients), deferred
+        return dx, add_to_chunk(sums, chunk, gradients), deferred
 
     def input_alone(sums, deferred):
         dx, gradients, slots = stage.backward(parameters, kept, dy)
-        sums = _add_to_chunk(sums, chunk, stage.without_deferred(gradients))
-        return dx, sums, _put(deferred, row.deferred, slots, True)
+        sums = add_to_chunk(sums, chunk, stage.without_deferred(gradients))
+        return dx, sums, put(deferred, row.deferred, slots)
 
     given = state.sums, state.deferred
     if not part.deferred.some:
@@ -258,8 +266,8 @@ def backward(
         dx, sums, deferred = lax.cond(row.deferred != NONE, input_alone, whole, *given)
 
     def enter(end_sums):
-        inputs = _at(data.inputs, row.microbatch)
-        return _added(end_sums, stage.enter_backward(data.ends, inputs, dx))
+        inputs = at(data.inputs, row.microbatch)
+        return added(end_sums, stage.enter_backward(data.ends, inputs, dx))
 
     end_sums = state.end_sums
     if jax.tree.leaves(end_sums):
@@ -272,12 +280,7 @@ def weight(part: Part, row: Any, slots: Any, state: State, data: Data, stage: St
     """The deferred weight gradients of this rank's microbatch."""
     chunk = _chunk(part.weight, row.chunk)
     gradients = stage.weight_gradients(_chunk_of(data.chunks, chunk), slots)
-    return dataclasses.replace(state, sums=_add_to_chunk(state.sums, chunk, gradients))
-
-
-def zeros_like(tree: Any) -> Any:
-    """Zeros of the shapes of a pytree."""
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
+    return dataclasses.replace(state, sums=add_to_chunk(state.sums, chunk, gradients))
 
 
 def _busy(traits, microbatch):
@@ -308,69 +311,14 @@ def _when(busy, run: Callable, state: State, shapes) -> tuple[Any, State]:
     return lax.optimization_barrier(found)  # what follows may write where this has read
 
 
-def _at(tree, index):
-    index = jnp.maximum(index, 0)
-    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), tree)
-
-
-def _read(buffers, slot):
-    """What lies in a slot; zeros where there are no slots."""
-    if not all(leaf.shape[0] for leaf in jax.tree.leaves(buffers)):
-        return jax.tree.map(lambda a: jnp.zeros(a.shape[1:], a.dtype), buffers)
-    return _at(buffers, slot)
-
-
 def _take(state, name, slot):
     """A copy of a slot, and the state, whose later writes come after the copying."""
     buffers = getattr(state, name)
-    taken, buffers = lax.optimization_barrier((_read(buffers, slot), buffers))
+    taken, buffers = lax.optimization_barrier((read(buffers, slot), buffers))
     return taken, dataclasses.replace(state, **{name: buffers})
 
 
-def _put(buffers, slot, values, wanted):
-    """Buffers with values in a slot, if wanted."""
-
-    def put(buffer, value):
-        if not buffer.shape[0]:
-            return buffer
-        at = jnp.maximum(slot, 0)
-        if wanted is not True:
-            old = lax.dynamic_index_in_dim(buffer, at, keepdims=False)
-            value = jnp.where(wanted, value, old)
-        return lax.dynamic_update_index_in_dim(buffer, value, at, 0)
-
-    return jax.tree.map(put, buffers, values)
-
-
-def _send(state, name, tree, lanes: Sequence[Lane], slots, axis):
+def _send(state, name, tree, lanes, slots, axis):
     """The state, with what arrives when every rank sends a pytree."""
-    buffers = getattr(state, name)
-    for lane, slot in zip(lanes, slots, strict=True):
-        buffers = _put(buffers, slot, _travel(tree, lane.permutation, axis), slot != NONE)
+    buffers = exchange(getattr(state, name), tree, lanes, slots, axis)
     return dataclasses.replace(state, **{name: buffers})
-
-
-def _travel(tree, permutation, axis):
-    if permutation is None:
-        return tree
-    with jax.named_scope("transfer"):
-        return jax.tree.map(lambda a: lax.ppermute(a, axis, permutation), tree)
-
-
-def _added(sums, values):
-    return jax.tree.map(lambda total, value: total + value.astype(total.dtype), sums, values)
-
-
-def _add_to_chunk(sums, chunk, values):
-    """The sums of all chunks, with values added to one's, in place; None adds nothing."""
-
-    def add(value, total):
-        return total if value is None else total + value.astype(total.dtype)
-
-    def add_to(chosen, sums):
-        own = jax.tree.map(add, values, sums[chosen], is_leaf=lambda value: value is None)
-        return *sums[:chosen], own, *sums[chosen + 1 :]
-
-    if isinstance(chunk, int):
-        return add_to(chunk, sums)
-    return lax.switch(chunk, [functools.partial(add_to, c) for c in range(len(sums))], sums)

@@ -77,11 +77,10 @@ def temporary_bytes(name, ranks, microbatches):
 
 
 def test_a_pipelines_memory_does_not_grow_with_its_microbatches():
-    # with 8 there is no steady state, whose loop needs a few arrays of its own
-    growth = temporary_bytes("dualpipe", 4, 64) - temporary_bytes("dualpipe", 4, 8)
-    assert growth < kept_bytes()
     growth = temporary_bytes("dualpipe", 4, 64) - temporary_bytes("dualpipe", 4, 16)
     assert growth < kept_bytes() / 50
+    # those of 5 microbatches; older XLA:CPU copies their slots in the loop of the steady state
+    assert temporary_bytes("dualpipe", 4, 64) < 2.3 * 5 * kept_bytes()
 
 
 def test_it_grows_with_the_ranks():
