@@ -62,19 +62,19 @@ def _travel(tree, permutation, axis):
 
 
 def added(sums: Any, values: Any) -> Any:
-    """Sums with values added in their dtype."""
-    return jax.tree.map(lambda total, value: total + value.astype(total.dtype), sums, values)
-
-
-def add_to_chunk(sums: tuple, chunk: jax.Array | int, values: Any) -> tuple:
-    """The sums of all chunks, with values added to one's, in place; None adds nothing."""
+    """Sums with values added in their dtype; None adds nothing."""
 
     def add(value, total):
         return total if value is None else total + value.astype(total.dtype)
 
+    return jax.tree.map(add, values, sums, is_leaf=lambda value: value is None)
+
+
+def add_to_chunk(sums: tuple, chunk: jax.Array | int, values: Any) -> tuple:
+    """The sums of all chunks, with values added to one's, in place."""
+
     def add_to(chosen, sums):
-        own = jax.tree.map(add, values, sums[chosen], is_leaf=lambda value: value is None)
-        return *sums[:chosen], own, *sums[chosen + 1 :]
+        return *sums[:chosen], added(sums[chosen], values), *sums[chosen + 1 :]
 
     if isinstance(chunk, int):
         return add_to(chunk, sums)

@@ -17,8 +17,8 @@ def hides(transfer):
 @pytest.mark.parametrize(
     ("precision", "rematerialise", "capacity", "transfers"),
     [
-        pytest.param("bf16", "none", "2.0", 4, marks=pytest.mark.slow),
-        ("fp8", "none", "none", 4),  # dispatch and combine, there and back
+        ("bf16", "none", "2.0", 4),  # dispatch and combine, there and back
+        ("fp8", "none", "none", 4),
         pytest.param("fp8", "full", "none", 5, marks=pytest.mark.slow),  # and dispatch again
     ],
 )

@@ -79,8 +79,9 @@ def temporary_bytes(name, ranks, microbatches):
 def test_a_pipelines_memory_does_not_grow_with_its_microbatches():
     growth = temporary_bytes("dualpipe", 4, 64) - temporary_bytes("dualpipe", 4, 16)
     assert growth < kept_bytes() / 50
-    # those of 5 microbatches; older XLA:CPU copies their slots in the loop of the steady state
-    assert temporary_bytes("dualpipe", 4, 64) < 2.3 * 5 * kept_bytes()
+    # slots of 5 microbatches, which older XLA:CPU copies in the loop of the steady state
+    slots = 5 if jax.__version_info__ >= (0, 11) else 10
+    assert temporary_bytes("dualpipe", 4, 64) < (slots + 2) * kept_bytes()
 
 
 def test_it_grows_with_the_ranks():
