@@ -18,9 +18,20 @@ os.environ.setdefault("NPROC", "48")
 import jax
 import pytest
 
+from whalejax.kernels.backend import MIN_JAX_FOR_MOSAIC
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """CI runs all tests twice, on the oldest JAX and on the newest; the longest only there."""
+    old = jax.__version_info__ < MIN_JAX_FOR_MOSAIC
+    if old and "long" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long, on an old JAX: run with -m long"))
 
 
 @pytest.fixture(scope="session", autouse=True)

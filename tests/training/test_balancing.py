@@ -178,6 +178,7 @@ def losses(config):
 
 
 @pytest.mark.usefixtures("few_devices")
+@pytest.mark.long
 def test_a_run_goes_on_without_balancing_and_with_it_again(config):
     train(config)
     again = dataclasses.replace(config, out=config.out.with_name("again"))

@@ -46,6 +46,7 @@ def test_halves_give_the_loss_and_the_gradients_of_the_whole(deep, whole, mesh, 
     check(gradients(deep, mesh, overlap=True, rematerialise=rematerialise), whole)
 
 
+@pytest.mark.long
 def test_halves_find_experts_in_the_slots_of_a_placement(deep):
     mesh, eplb = make_mesh(MeshConfig.parse("data=2,expert=4")), EPLBConfig(every=9, redundant=4)
     check(gradients(deep, mesh, eplb, overlap=True), gradients(deep, mesh, eplb))

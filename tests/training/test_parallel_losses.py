@@ -36,6 +36,7 @@ def losses(precision, mesh_config, steps):
     return np.asarray(found), state
 
 
+@pytest.mark.long
 def test_fifty_steps_in_float64_have_the_losses_of_one_device():
     with jax.enable_x64(True):
         (one, state), (eight, _) = (losses("f64", mesh, 50) for mesh in MESHES)
@@ -46,6 +47,7 @@ def test_fifty_steps_in_float64_have_the_losses_of_one_device():
     np.testing.assert_allclose(eight, one, rtol=1e-9)  # 1e-13 was seen; float32 anywhere: 1e-7
 
 
+@pytest.mark.slow
 def test_five_steps_in_float32_have_the_losses_of_one_device():
     (one, _), (eight, _) = (losses("f32", mesh, 5) for mesh in MESHES)
     assert one.dtype == np.float32

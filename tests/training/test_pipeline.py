@@ -86,6 +86,7 @@ def losses(config):
     return {line["step"]: line["loss"] for line in lines}
 
 
+@pytest.mark.long
 def test_a_run_goes_on_without_stages_and_with_them_again(config):
     """Two steps through a pipeline, one without, one through a pipeline; and all four without."""
     plain = dataclasses.replace(

@@ -56,6 +56,7 @@ def sequences(number):
     return ((starts + strides * np.arange(LENGTH + 1)) % 256)[None].astype(np.int32)
 
 
+@pytest.mark.long
 def test_fifty_steps_in_float64_have_the_losses_of_one_device():
     with jax.enable_x64(True):
         one, eight = losses("f64", 50)
@@ -64,6 +65,7 @@ def test_fifty_steps_in_float64_have_the_losses_of_one_device():
     np.testing.assert_allclose(eight, one, rtol=1e-9)  # float32 anywhere: 1e-7
 
 
+@pytest.mark.slow  # gradients are compared in float32 too
 def test_five_steps_in_float32_have_the_losses_of_one_device():
     one, eight = losses("f32", 5)
     assert one.dtype == eight.dtype == np.float32
@@ -145,6 +147,7 @@ def check(found, truth):
         assert error < 1e-5, f"{path_name(path)}: {error}"
 
 
+@pytest.mark.long
 def test_fp8_is_as_near_to_float32_as_without_stages(even):
     """Not equal: compiled in another order, bfloat16 rounds elsewhere, and some tokens find others.
 

@@ -121,6 +121,7 @@ class _NoCheckpoints:
         return None
 
 
+@pytest.mark.long
 def test_ten_bad_steps_stop_the_run_and_keep_the_checkpoint(config, micro, tmp_path):
     train(dataclasses.replace(config, stop_at=4))
     model = Decoder(micro, rngs=nnx.Rngs(5))

@@ -16,6 +16,7 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_prints_a_row_of_each_pass_and_each_schedule(capsys, tmp_path):
     out = tmp_path / "rows.jsonl"
     options = ["--schedules", "1f1b", "zb1p", "--microbatches", "4", "--compile-limit", "1000"]
