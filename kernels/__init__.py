@@ -20,6 +20,7 @@ MODULES = {
     "quantize": "quantization",
     "quantize_both": "quantization",
     "quantize_transposed": "quantization",
+    "round_weight": "fp8_gemm",
     "swiglu_gradient": "quantization",
     "swiglu_quantize": "quantization",
 }

@@ -18,11 +18,30 @@ import jax.numpy as jnp
 
 from whalejax.kernels.backend import vary_like
 from whalejax.kernels.fp8_gemm.api import WEIGHT_TILE, fp8_matmul, fp8_matmul_wgrad
-from whalejax.kernels.quantization import quantize, quantize_both
+from whalejax.kernels.quantization import QuantizedArray, quantize, quantize_both
+
+
+def round_weight(
+    w: jax.Array, *, implementation: str | None = None
+) -> tuple[QuantizedArray, QuantizedArray]:
+    """A weight as `fp8_linear` and `fp8_grouped_linear` round it, for several calls of them.
+
+    Args:
+      w: `bf16|f32[..., N, K]`; N and K multiples of 16.
+      implementation: of the quantiser: `"mosaic_gpu"`, `"xla"` or None for the best.
+
+    Returns:
+      Values `e4m3[..., N, K]` and `e4m3[..., K, N]`, with the scales of the same 128 x 128 blocks.
+    """
+    return quantize_both(w, WEIGHT_TILE, implementation=implementation)
 
 
 def fp8_linear(
-    x: jax.Array, w: jax.Array | tuple[jax.Array, ...], *, implementation: str | None = None
+    x: jax.Array,
+    w: jax.Array | tuple[jax.Array, ...],
+    *,
+    rounded: Any = None,
+    implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Multiplies by a weight in FP8, with gradients in FP8 too.
 
@@ -33,6 +52,8 @@ def fp8_linear(
       x: `bf16|f32[M, K]`; any M, K a multiple of 16.
       w: `bf16|f32[N, K]`; N a multiple of 16. Or a tuple of such weights, a gate's and an up
         projection's say: x is quantised once for all of them.
+      rounded: what `round_weight` makes of w, or a tuple of that, if it is known already: then w
+        has the gradient, and its values are not used.
       implementation: of the quantisers and matmuls: `"mosaic_gpu"`, `"xla"` or None for the best.
 
     Returns:
@@ -48,8 +69,8 @@ def fp8_linear(
     for each in ws:
         _check(x, each)
     # outside of the rule for gradients: what undoes it sums a shared weight's over the devices
-    x, ws = vary_like((x, ws), (x, ws))
-    ys = _linear(x, ws, implementation)
+    x, ws, rounded = vary_like((x, ws, known(w, rounded)), (x, ws))
+    ys = _linear(x, ws, rounded, implementation)
     return ys if isinstance(w, tuple | list) else ys[0]
 
 
@@ -59,6 +80,18 @@ def weights(op: str, w: Any) -> tuple:
     if not ws:
         raise ValueError(f"{op}: w={w} must hold at least one weight")
     return ws
+
+
+def known(w: Any, rounded: Any) -> list | None:
+    """What is known of each weight's rounding: of one, or of a tuple of some."""
+    if rounded is None:
+        return None
+    pairs = list(rounded) if isinstance(w, tuple | list) else [rounded]
+    shapes = [each.shape for each in weights("fp8_linear", w)]
+    found = [(w_q.shape, (*w_t.shape[:-2], w_t.shape[-1], w_t.shape[-2])) for w_q, w_t in pairs]
+    if found != [(shape, shape) for shape in shapes]:
+        raise ValueError(f"rounded={found} cannot be what round_weight makes of w={shapes}")
+    return pairs
 
 
 def _check(x, w):
@@ -73,11 +106,25 @@ def _check(x, w):
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linear(x, ws, implementation):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(x, ws, rounded, implementation):
     x_q = quantize(x, implementation=implementation)
-    ws_q = [quantize(w, WEIGHT_TILE, implementation=implementation) for w in ws]
+    ws_q = by_rows(ws, rounded, implementation)
     return _multiply(x_q, ws_q, x.dtype, implementation)
+
+
+def by_rows(ws: Any, rounded: list | None, implementation: str | None) -> list[QuantizedArray]:
+    """The weights as the forward pass reads them."""
+    if rounded is not None:
+        return [w_q for w_q, _ in rounded]
+    return [quantize(w, WEIGHT_TILE, implementation=implementation) for w in ws]
+
+
+def both_ways(ws: Any, rounded: list | None, implementation: str | None) -> list:
+    """The weights as the forward and the backward pass read them."""
+    if rounded is not None:
+        return rounded
+    return [round_weight(w, implementation=implementation) for w in ws]
 
 
 def _multiply(x_q, ws_q, dtype, implementation):
@@ -86,9 +133,9 @@ def _multiply(x_q, ws_q, dtype, implementation):
     )
 
 
-def _forward(x, ws, implementation):
+def _forward(x, ws, rounded, implementation):
     x_q, x_t = quantize_both(x, implementation=implementation)
-    both = [quantize_both(w, WEIGHT_TILE, implementation=implementation) for w in ws]
+    both = both_ways(ws, rounded, implementation)
     ys = _multiply(x_q, [w_q for w_q, _ in both], x.dtype, implementation)
     return ys, (x_t, [w_t for _, w_t in both], [jnp.zeros((), w.dtype) for w in ws])
 
@@ -101,7 +148,7 @@ def _backward(implementation, residuals, dys):
         for (dy_q, _), w_t, dy in zip(both, ws_t, dys, strict=True)
     )
     dws = [fp8_matmul_wgrad(x_t, dy_t, implementation=implementation) for _, dy_t in both]
-    return dx, tuple(dw.astype(of_w.dtype) for dw, of_w in zip(dws, of_ws, strict=True))
+    return dx, tuple(dw.astype(of_w.dtype) for dw, of_w in zip(dws, of_ws, strict=True)), None
 
 
 _linear.defvjp(_forward, _backward)

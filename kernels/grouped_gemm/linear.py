@@ -5,13 +5,14 @@ weight gradient per expert; here each expert's gradient sums over its own tokens
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from whalejax.kernels.backend import vary_like
-from whalejax.kernels.fp8_gemm.api import ACTIVATION_TILE, WEIGHT_TILE
-from whalejax.kernels.fp8_gemm.linear import weights
+from whalejax.kernels.fp8_gemm.api import ACTIVATION_TILE
+from whalejax.kernels.fp8_gemm.linear import both_ways, by_rows, known, weights
 from whalejax.kernels.grouped_gemm.fp8 import fp8_grouped_matmul, fp8_grouped_matmul_wgrad
 from whalejax.kernels.groups import ALIGNMENT
 from whalejax.kernels.quantization import (
@@ -28,6 +29,7 @@ def fp8_grouped_linear(
     group_sizes: jax.Array,
     *,
     carrier: jax.Array | None = None,
+    rounded: Any = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Multiplies each group of rows by its weight in FP8, with gradients in FP8 too.
@@ -45,6 +47,7 @@ def fp8_grouped_linear(
       group_sizes: `i32[G]`, rows of each group without padding.
       carrier: with FP8 rows `bf16|f32[M, K]`, whose gradient is that of x, in its dtype; its values
         are not used.
+      rounded: as in `fp8_linear`.
       implementation: of the quantisers and matmuls: `"mosaic_gpu"`, `"xla"` or None for the best.
 
     Returns:
@@ -61,11 +64,12 @@ def fp8_grouped_linear(
     for each in ws:
         _check(x, each)
     # outside of the rule for gradients: what undoes it sums a shared weight's over the devices
-    x, carrier, ws = vary_like((x, carrier, ws), (x, ws, group_sizes))
+    given = x, carrier, ws, known(w, rounded)
+    x, carrier, ws, rounded = vary_like(given, (x, ws, group_sizes))
     if quantized:
-        ys = _linear_of_quantized(carrier, x, ws, group_sizes, implementation)
+        ys = _linear_of_quantized(carrier, x, ws, rounded, group_sizes, implementation)
     else:
-        ys = _linear(x, ws, group_sizes, implementation)
+        ys = _linear(x, ws, rounded, group_sizes, implementation)
     return ys if isinstance(w, tuple | list) else ys[0]
 
 
@@ -96,10 +100,10 @@ def _check(x, w):
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _linear(x, ws, group_sizes, implementation):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _linear(x, ws, rounded, group_sizes, implementation):
     x_q = quantize(x, implementation=implementation)
-    ws_q = [quantize(w, WEIGHT_TILE, implementation=implementation) for w in ws]
+    ws_q = by_rows(ws, rounded, implementation)
     return tuple(_multiply(x_q, w_q, group_sizes, x.dtype, implementation) for w_q in ws_q)
 
 
@@ -107,15 +111,15 @@ def _multiply(x, w, group_sizes, dtype, implementation):
     return fp8_grouped_matmul(x, w, group_sizes, out_dtype=dtype, implementation=implementation)
 
 
-def _forward(x, ws, group_sizes, implementation):
+def _forward(x, ws, rounded, group_sizes, implementation):
     x_q, x_t = quantize_both(x, group_sizes=group_sizes, implementation=implementation)
-    ys, kept = _products(x_q, ws, group_sizes, x.dtype, implementation)
+    ys, kept = _products(x_q, ws, rounded, group_sizes, x.dtype, implementation)
     return ys, (x_t, *kept)
 
 
-def _products(x_q, ws, group_sizes, dtype, implementation):
+def _products(x_q, ws, rounded, group_sizes, dtype, implementation):
     """The outputs, and what of the weights the backward pass needs."""
-    both = [quantize_both(w, WEIGHT_TILE, implementation=implementation) for w in ws]
+    both = both_ways(ws, rounded, implementation)
     ys = tuple(_multiply(x_q, w_q, group_sizes, dtype, implementation) for w_q, _ in both)
     of_ws = [jnp.zeros((), w.dtype) for w in ws]
     return ys, ([w_t for _, w_t in both], group_sizes, of_ws)
@@ -134,20 +138,20 @@ def _backward(implementation, residuals, dys):
         )
         for (_, dy_t), of_w in zip(both, of_ws, strict=True)
     )
-    return dx, dws, None
+    return dx, dws, None, None
 
 
 _linear.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _linear_of_quantized(carrier, x_q, ws, group_sizes, implementation):
-    ws_q = [quantize(w, WEIGHT_TILE, implementation=implementation) for w in ws]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _linear_of_quantized(carrier, x_q, ws, rounded, group_sizes, implementation):
+    ws_q = by_rows(ws, rounded, implementation)
     return tuple(_multiply(x_q, w_q, group_sizes, carrier.dtype, implementation) for w_q in ws_q)
 
 
-def _forward_of_quantized(carrier, x_q, ws, group_sizes, implementation):
-    ys, kept = _products(x_q, ws, group_sizes, carrier.dtype, implementation)
+def _forward_of_quantized(carrier, x_q, ws, rounded, group_sizes, implementation):
+    ys, kept = _products(x_q, ws, rounded, group_sizes, carrier.dtype, implementation)
     return ys, (x_q, *kept)
 
 
@@ -157,8 +161,8 @@ def _backward_of_quantized(implementation, residuals, dys):
     x_t = quantize_transposed(
         x_q.dequantize(dys[0].dtype), group_sizes=group_sizes, implementation=implementation
     )
-    dx, dws, _ = _backward(implementation, (x_t, *kept), dys)
-    return dx, None, dws, None
+    dx, dws, *_ = _backward(implementation, (x_t, *kept), dys)
+    return dx, None, dws, None, None
 
 
 _linear_of_quantized.defvjp(_forward_of_quantized, _backward_of_quantized)

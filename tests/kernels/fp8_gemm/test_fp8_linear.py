@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from whalejax.kernels.fp8_gemm import fp8_linear
+from whalejax.kernels.fp8_gemm import fp8_linear, round_weight
 from whalejax.kernels.quantization import quantize, quantize_transposed
 from whalejax.kernels.testing import assert_rows_close, row_errors
 
@@ -77,6 +77,27 @@ def test_several_weights_give_what_each_gives():
         np.testing.assert_array_equal(y, y_alone)
         np.testing.assert_array_equal(dw, dw_alone)
     np.testing.assert_allclose(dx, sum(dx for _, dx, _ in alone), rtol=1e-6)
+
+
+def test_weights_that_were_rounded_before_give_the_same():
+    x, w, dy = draw(130)
+    ws, dys = [w, w[::-1][:160]], [dy, dy[:, 48:]]
+    rounded = list(map(round_weight, ws))
+
+    def once(x, ws):
+        return fp8_linear(x, ws, rounded=rounded)
+
+    wanted, pull = jax.vjp(fp8_linear, x, ws)
+    got, pull_once = jax.vjp(once, x, [jnp.full_like(w, jnp.nan) for w in ws])  # not read
+    found = (got, pull_once(tuple(dys))), (wanted, pull(tuple(dys)))
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_rounding_of_another_weight_is_refused():
+    x, w, _ = draw(16)
+    with pytest.raises(ValueError, match=rf"rounded=.*{N - 16}.* of w=.*{N}"):
+        fp8_linear(x, w, rounded=round_weight(w[16:]))
 
 
 def test_no_weight_at_all_is_refused():

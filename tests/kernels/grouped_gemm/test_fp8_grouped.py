@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from whalejax.kernels.fp8_gemm import round_weight
 from whalejax.kernels.grouped_gemm import (
     fp8_grouped_linear,
     fp8_grouped_matmul,
@@ -199,6 +200,25 @@ def test_a_linear_layer_of_several_weights_gives_what_each_gives():
         np.testing.assert_array_equal(y, y_alone)
         np.testing.assert_array_equal(dw, dw_alone)
     np.testing.assert_allclose(dx, sum(dx for _, dx, _ in alone), rtol=1e-6)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_weights_that_were_rounded_before_give_the_same(quantized):
+    case = LINEAR_CASES[0]
+    x, w, sizes = draw(case, jax.random.key(0))
+    rows = quantize(x) if quantized else x
+
+    def linear(carrier, w, rounded=None):
+        options = {"carrier": carrier, "rounded": rounded} if quantized else {"rounded": rounded}
+        return fp8_grouped_linear(rows if quantized else carrier, w, sizes, **options)
+
+    wanted, pull = jax.vjp(linear, x, w)
+    once = functools.partial(linear, rounded=round_weight(w))
+    got, pull_once = jax.vjp(once, x, jnp.full_like(w, jnp.nan))  # not read
+    dy = gradient_of(case)
+    found = (got, pull_once(dy)), (wanted, pull(dy))
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_rematerialised_linear_layer_is_the_same():
