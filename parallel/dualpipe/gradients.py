@@ -47,6 +47,7 @@ def value_and_grad(
     split_backward: bool = True,
     chunks_per_rank: int = 1,
     first_fn: Callable | None = None,
+    prepare_fn: Callable | None = None,
     has_aux: bool = False,
     defer: Callable | None = None,
     sharding: Sharding = Sharding(),
@@ -61,7 +62,7 @@ def value_and_grad(
     Args:
       stage_fn: `(params, x) -> x`, a stage; x is a pytree of float arrays and keeps its structure,
         shapes and dtypes. With `has_aux` it gives `(x, aux)`. Parameters are not kept with every
-        microbatch, but what is made of one is, a cast or a slice: make it before.
+        microbatch, but what is made of one is, a cast or a slice: make it in `prepare_fn`.
       loss_fn: `(x, labels) -> scalar`, or where ends are given `(ends, x, labels) -> scalar`; with
         `has_aux` it gives `(scalar, aux)`.
       mesh: with `stage_axis`.
@@ -72,6 +73,8 @@ def value_and_grad(
       chunks_per_rank: for `interleaved`.
       first_fn: `(ends, inputs) -> x`, what comes before the first stage (an embedding, say); None
         where inputs are x. It is computed again for its gradient.
+      prepare_fn: `params -> prepared`, what all microbatches need of a stage's parameters, weights
+        in FP8, say; once a step, without gradient. Then `stage_fn` is `(params, prepared, x) -> x`.
       has_aux: whether stages and loss report more; it is summed over microbatches and over the
         devices of a stage.
       defer: `(path, leaf) -> bool`, the weights among the stages' parameters whose gradients can
@@ -106,8 +109,7 @@ def value_and_grad(
         batch_axes=sharding.batch_axes,
         gather_axes=sharding.gather_axes,
     )
-
-    functions = first_fn, stage_fn, loss_fn, has_aux
+    functions = first_fn, prepare_fn, stage_fn, loss_fn, has_aux
     call = pipeline, functions, defer if split_backward else None, sharding
 
     def step(stage_params, inputs, labels, ends=None):
@@ -146,7 +148,12 @@ def _step(pipeline, functions, waits, sharding, stage_params, inputs, labels, en
 
 def _list_functions(functions, waits, flat, structure, *, without_ends):
     """The user's functions as `Functions`, with what the parameters' leaves are."""
-    first_fn, stage_fn, loss_fn, has_aux = functions
+    first_fn, prepare_fn, stage_fn, loss_fn, has_aux = functions
+
+    def stage(params, x):
+        given = (params,) if prepare_fn is None else params
+        found = stage_fn(*given, x)
+        return found if has_aux else (found, ())
 
     def loss(ends, x, labels):
         found = loss_fn(x, labels) if without_ends else loss_fn(ends, x, labels)
@@ -154,8 +161,9 @@ def _list_functions(functions, waits, flat, structure, *, without_ends):
 
     return Functions(
         first=first_fn,
-        stage=stage_fn if has_aux else lambda params, x: (stage_fn(params, x), ()),
+        stage=stage,
         loss=loss,
+        prepare=prepare_fn,
         structure=structure,
         names=tuple(jax.tree_util.keystr(path) for path, _ in flat),
         trained=tuple(i for i, (_, leaf) in enumerate(flat) if _is_float(leaf)),

@@ -145,7 +145,8 @@ def _run_rank(pipeline, functions, specs, leaves, ends, inputs, labels):
     gather = functools.partial(_gather, pipeline.gather_axes)
     with jax.named_scope("parameters"):
         moved = to_chunks(leaves, rounds, axis, table.stages.shape[1])
-        chunks = tuple(list(map(gather, stage_specs, chunk)) for chunk in moved)
+        whole = [list(map(gather, stage_specs, chunk)) for chunk in moved]
+        functions, chunks = functions.prepared(whole)
         ends = structure.unflatten(map(gather, end_specs, jax.tree.leaves(ends)))
     of_one = jax.tree.map(lambda a: a[0], (inputs, labels))
     stage = trace_stage(functions, chunks[0], ends, *of_one)

@@ -18,6 +18,7 @@ class Functions:
     Attributes:
       first: `(ends, inputs) -> x`, or None where inputs are x.
       stage: `(params, x) -> (x, aux)`.
+      prepare: `params -> pytree`, or None; then the stage takes both as a tuple.
       loss: `(ends, x, labels) -> (loss, aux)`.
       structure: pytree of the parameters.
       names: of its leaves.
@@ -28,10 +29,20 @@ class Functions:
     first: Callable | None
     stage: Callable
     loss: Callable
+    prepare: Callable | None = None
     structure: Any
     names: tuple[str, ...]
     trained: tuple[int, ...]
     deferred: tuple[int, ...]
+
+    def prepared(self, chunks: Sequence[list]) -> tuple["Functions", tuple[list, ...]]:
+        """Parameters of some stages, with what is made of them once behind them; all to be run."""
+        if self.prepare is None:
+            return self, tuple(chunks)
+        each = [self.structure.unflatten(leaves) for leaves in chunks]
+        both = [(params, self.prepare(params)) for params in each]
+        ready = dataclasses.replace(self, prepare=None, structure=jax.tree.structure(both[0]))
+        return ready, tuple(map(jax.tree.leaves, both))
 
     def enter(self, ends: Any, inputs: Any) -> Any:
         """What travels into the first stage."""

@@ -5,6 +5,7 @@ A stage keeps several `[rows, width]` arrays and its parameters are vectors; int
 activations once in each turn of a loop and so needs twice as many as the table has.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -50,12 +51,14 @@ def functions_of(stage, number, deferred=()):
     )
 
 
-def traced(stage, parameters, deferred=()):
+def traced(stage, parameters, deferred=(), prepare=None):
     """The stage, with the shapes of all that it keeps."""
     ends = [jnp.zeros(WIDTH)] * 2
     tokens = jnp.zeros(ROWS, jnp.int32)
     functions = functions_of(stage, len(parameters), deferred)
-    return trace_stage(functions, parameters, ends, tokens, tokens)
+    functions = dataclasses.replace(functions, prepare=prepare)
+    functions, (leaves,) = functions.prepared([parameters])
+    return trace_stage(functions, leaves, ends, tokens, tokens)
 
 
 def kept_bytes():
@@ -104,4 +107,17 @@ def test_parameters_lie_in_no_slot(deferred):
     found = traced(stage, parameters, deferred)
     kept = {a.shape for a in (*found.kept, *jax.tree.leaves(found.slots))}
     assert kept == {(ROWS, WIDTH), (ROWS, 96)}
+    assert sum(source == "parameter" for source, _ in found.layout.leaves) == 2
+
+
+def test_what_is_prepared_of_parameters_lies_in_no_slot():
+    def stage(both, x):
+        params, prepared = both
+        return jnp.tanh(x @ prepared[0] + params[0][None]) * prepared[1]
+
+    def prepare(params):
+        return [jnp.outer(params[0], params[0]), params[0][None] ** 2]
+
+    found = traced(stage, [jnp.ones(WIDTH)], prepare=prepare)
+    assert {a.shape for a in found.kept} == {(ROWS, WIDTH)}
     assert sum(source == "parameter" for source, _ in found.layout.leaves) == 2

@@ -227,3 +227,23 @@ def test_integers_among_parameters_have_no_gradient():
         (loss, reports, (gradients["floats"], of_ends)),
         (wanted, wanted_reports, (of_floats["floats"], wanted_ends)),
     )
+
+
+@pytest.mark.parametrize("name", ["interleaved", "dualpipe"])
+def test_stages_compute_with_what_was_prepared_once(name):
+    def rounded(params):
+        return jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+
+    def stage(params, prepared, x):
+        def of_rounded(p, low):
+            return p + lax.stop_gradient(low.astype(p.dtype) - p)
+
+        return run_stage(jax.tree.map(of_rounded, params, prepared), x)
+
+    def by_itself(params, x):
+        return stage(params, rounded(params), x)
+
+    arguments = draw(stages_of(name, 2), 4)
+    found = pipelined(name, 2, 4, arguments, stage=stage, prepare_fn=rounded, defer=None)
+    assert_equal(found, sequential(4, by_itself, *arguments))
+    assert found[0] != pipelined(name, 2, 4, arguments)[0]  # rounding changes the loss
