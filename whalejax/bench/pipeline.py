@@ -25,7 +25,14 @@ from whalejax.model.config import ModelConfig
 from whalejax.model.decoder import Decoder, Execution
 from whalejax.model.linear import PRECISIONS
 from whalejax.model.parameters import RouterBias
-from whalejax.model.pipelined import Travelling, divide, run_stage, split
+from whalejax.model.pipelined import (
+    Travelling,
+    divide,
+    round_weights,
+    run_stage,
+    split,
+    with_rounded,
+)
 from whalejax.parallel.dualpipe import StageTimes, predict
 from whalejax.parallel.dualpipe.stage import Functions, Stage, trace_stage
 from whalejax.parallel.expert import Placement, Topology, predicted_us, row_bytes, traffic
@@ -58,10 +65,16 @@ def one_layer(model: ModelConfig, experts: int) -> ModelConfig:
 def functions_of(stage: Any, model: ModelConfig, execution: Execution) -> tuple[Functions, list]:
     """What a pipeline runs of one stage's parameters and biases, and these as a list."""
     flat, structure = jax.tree_util.tree_flatten_with_path(stage)
+    fp8 = execution.precision.fp8
+
+    def run(stage, x):
+        return run_stage(with_rounded(*stage) if fp8 else stage, x, model, execution)
+
     functions = Functions(
         first=None,
-        stage=lambda stage, x: run_stage(stage, x, model, execution),
+        stage=run,
         loss=lambda _, x, labels: (jnp.mean(x.hidden.astype(jnp.float32)) + x.balance, ()),
+        prepare=round_weights if fp8 else None,
         structure=structure,
         names=tuple(jax.tree_util.keystr(path) for path, _ in flat),
         trained=tuple(range(len(flat))),
@@ -78,6 +91,7 @@ def draw_stage(
     _, params, router_bias = nnx.split(decoder, nnx.Param, RouterBias)
     stages, _ = split(params, router_bias, divide(model, 1))
     functions, leaves = functions_of(jax.tree.map(lambda a: a[0], stages), model, execution)
+    functions, (leaves,) = functions.prepared([leaves])
     shape = (1, length, model.hidden_size)
     hidden = jax.random.normal(jax.random.key(1), shape, execution.precision.dtype)
     x = Travelling(hidden, jnp.zeros((), jnp.float32))

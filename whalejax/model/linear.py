@@ -23,7 +23,22 @@ from whalejax.kernels.quantization import QuantizedArray, quantize
 from whalejax.model.parameters import read
 from whalejax.parallel.dualpipe import deferrable
 
-Weight = nnx.Variable | jax.Array | QuantizedArray
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RoundedWeight:
+    """A weight and what FP8 makes of it, for several calls.
+
+    Attributes:
+      value: takes the gradient; its numbers are not used.
+      rounded: what `round_weight` makes of it.
+    """
+
+    value: Any
+    rounded: tuple[QuantizedArray, QuantizedArray]
+
+
+Weight = nnx.Variable | jax.Array | QuantizedArray | RoundedWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,19 +92,28 @@ def linear(
     """
     # XLA:CPU multiplies matrices up to twice as fast as it contracts arrays of three axes
     rows = x.reshape(-1, x.shape[-1])
-    ws = tuple(map(read, w if isinstance(w, tuple) else (w,)))
-    products = deferrable(functools.partial(_products, fp8=fp8), rows, ws)
+    ws, rounded = _values(w)
+    products = deferrable(functools.partial(_products, fp8=fp8), (rows, rounded), ws)
     products = tuple(product.reshape(*x.shape[:-1], -1) for product in products)
     return products if isinstance(w, tuple) else products[0]
 
 
-def _products(rows, ws, *, fp8):
+def _values(w):
+    """The weights of a call, and what is known of their rounding, None if nothing."""
+    ws = tuple(map(read, w if isinstance(w, tuple) else (w,)))
+    if not isinstance(ws[0], RoundedWeight):
+        return ws, None
+    return tuple(each.value for each in ws), tuple(each.rounded for each in ws)
+
+
+def _products(given, ws, *, fp8):
+    rows, rounded = given
     if not fp8:
         return tuple(_multiply(rows, each) for each in ws)
     if isinstance(ws[0], QuantizedArray):
         rows_q = quantize(rows)
         return tuple(fp8_matmul(rows_q, each, out_dtype=rows.dtype) for each in ws)
-    return fp8_linear(rows, ws)
+    return fp8_linear(rows, ws, rounded=rounded)
 
 
 def _multiply(rows, w):
@@ -124,14 +148,14 @@ def grouped_linear(
     Returns:
       `[M, N]` in x's dtype, or the carrier's, or a tuple of them; padding rows are zero.
     """
-    ws = tuple(map(read, w if isinstance(w, tuple) else (w,)))
+    ws, rounded = _values(w)
     multiply = functools.partial(_grouped_products, alignment=alignment, fp8=fp8)
-    products = deferrable(multiply, (x, group_sizes, carrier), ws)
+    products = deferrable(multiply, (x, rounded, group_sizes, carrier), ws)
     return products if isinstance(w, tuple) else products[0]
 
 
-def _grouped_products(rows, ws, *, alignment, fp8):
-    x, group_sizes, carrier = rows
+def _grouped_products(given, ws, *, alignment, fp8):
+    x, rounded, group_sizes, carrier = given
     if not fp8:
         return tuple(
             grouped_matmul(x, weight_in(each, x.dtype), group_sizes, alignment=alignment)
@@ -140,4 +164,4 @@ def _grouped_products(rows, ws, *, alignment, fp8):
     if isinstance(ws[0], QuantizedArray):
         x_q, dtype = (quantize(x), x.dtype) if carrier is None else (x, carrier.dtype)
         return tuple(fp8_grouped_matmul(x_q, each, group_sizes, out_dtype=dtype) for each in ws)
-    return fp8_grouped_linear(x, ws, group_sizes, carrier=carrier)
+    return fp8_grouped_linear(x, ws, group_sizes, carrier=carrier, rounded=rounded)

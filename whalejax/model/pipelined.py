@@ -16,6 +16,8 @@ import numpy as np
 from flax import nnx
 
 from whalejax.kernels.accumulation import accumulator
+from whalejax.kernels.fp8_gemm import round_weight
+from whalejax.kernels.quantization import QuantizedArray
 from whalejax.model.config import ModelConfig
 from whalejax.model.decoder import (
     REMATERIALISATION,
@@ -26,7 +28,9 @@ from whalejax.model.decoder import (
     positions_angles,
     scan_layers,
 )
+from whalejax.model.linear import RoundedWeight
 from whalejax.model.moe import MoEStats
+from whalejax.model.sharding import path_name
 
 MOE_LAYERS = "moe_layers"
 
@@ -168,6 +172,34 @@ def enter(model: Decoder, tokens: jax.Array, execution: Execution) -> Travelling
         options = {"rematerialise": execution.rematerialise}
         x, _ = scan_layers(layer, model.dense_layers, x, **options)
     return Travelling(x, jnp.zeros_like(x, shape=(), dtype=accumulator(x.dtype)))
+
+
+def round_weights(stage: tuple[Any, ...]) -> Any:
+    """What FP8 makes of a stage's weights, for all of its microbatches.
+
+    Args:
+      stage: as in `run_stage`.
+
+    Returns:
+      The same pytree, with what `round_weight` gives for a weight, None for all else.
+    """
+
+    def rounded(path, leaf):
+        return round_weight(leaf) if "_proj" in path_name(path) else None
+
+    return jax.tree_util.tree_map_with_path(rounded, stage)
+
+
+def with_rounded(stage: tuple[Any, ...], rounded: Any) -> tuple[Any, ...]:
+    """A stage whose FP8 matmuls read what `round_weights` made of its weights."""
+
+    def one(pair, weight):
+        return weight if pair is None else RoundedWeight(weight, pair)
+
+    def is_one(tree):
+        return tree is None or (isinstance(tree, tuple) and isinstance(tree[0], QuantizedArray))
+
+    return jax.tree.map(one, rounded, stage, is_leaf=is_one)
 
 
 def run_stage(

@@ -19,8 +19,10 @@ from whalejax.model.pipelined import (
     enter,
     from_stages,
     join,
+    round_weights,
     run_stage,
     split,
+    with_rounded,
 )
 from whalejax.model.sharding import partition_spec, path_name, stage_spec
 from whalejax.parallel import dualpipe
@@ -113,17 +115,22 @@ def pipelined_gradient(
     schedule = pipeline.steps(mesh)
     division = divide(model, schedule.num_stages)
     first, inner, last = stage_functions(model, loss, execution)
+    fp8 = execution.precision.fp8
+
+    def inner_of_rounded(stage, rounded, x):
+        return inner(with_rounded(stage, rounded), x)
 
     def gradient(params, tokens):
         stages, ends = split(params, router_bias, division)
         step = dualpipe.value_and_grad(
-            inner,
+            inner_of_rounded if fp8 else inner,
             last,
             mesh=mesh,
             num_microbatches=number,
             schedule=schedule,
             stage_axis=STAGE,
             first_fn=first,
+            prepare_fn=round_weights if fp8 else None,
             has_aux=True,
             defer=can_wait if pipeline.split_backward else None,
             sharding=sharding_of(stages, ends, mesh),

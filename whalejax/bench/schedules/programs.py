@@ -1,7 +1,6 @@
 """A pipeline of MoE layers on a mesh, as the benchmark of schedules builds it: all its programs."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from whalejax.bench.schedules.ranks import abstract_stages, draw_leaves, passes, transfers
+from whalejax.bench.schedules.ranks import (
+    abstract_stages,
+    draw_leaves,
+    passes,
+    transfers,
+    with_prepared,
+)
 from whalejax.model.config import ModelConfig
 from whalejax.model.decoder import Decoder, Execution
 from whalejax.model.parameters import RouterBias
@@ -122,10 +127,14 @@ def programs_of(case: Case, schedules: Sequence[str]) -> Iterator[tuple[str, Cal
         yield schedule, *flat(case.step(schedule), (*state, case.abstract_tokens()))
     places = [leaf.sharding for leaf in jax.tree.leaves(state)]
     yield "state", *flat(lambda seed: case.state(jax.random.key(seed)), (seed,), places)
-    places = [leaf.sharding for leaf in jax.tree.leaves(stages)]
-    draw = functools.partial(draw_leaves, stages, case.model.initializer_range)
-    yield "leaves", *flat(draw, (seed,), places)
     found = passes(stages, case.model, case.execution, case.length)
+    _, prepare = with_prepared(stages, case.model, case.execution)
+
+    def draw(seed):
+        leaves = draw_leaves(stages, case.model.initializer_range, seed)
+        return [*leaves, *prepare(leaves)]
+
+    yield "leaves", *flat(draw, (seed,), [leaf.sharding for leaf in found["forward"][1][0]])
     for part, (f, arguments) in found.items():
         yield part, *flat(f, arguments)
     yield "transfer", *flat(transfers(case.mesh), (found["forward"][1][1].hidden,))

@@ -59,13 +59,44 @@ def draw_leaves(stages: Any, std: float, seed: jax.Array) -> list[jax.Array]:
     return list(map(numbers, jax.random.split(jax.random.key(seed), len(leaves)), leaves))
 
 
+def with_prepared(stages: Any, model: ModelConfig, execution: Execution) -> tuple[Any, Callable]:
+    """What is made of the stages' leaves before a step, as every device has it.
+
+    Args:
+      stages: abstract, what `abstract_stages` gives.
+      model: sizes; its layers are shared out over the ranks of `stage`.
+      execution: how to run, on its mesh.
+
+    Returns:
+      What a pipeline runs of them then, and a function from leaves to that, `[devices, ...]`.
+    """
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stages)
+    functions, leaves = functions_of(one, model, execution)
+    ready = functions
+
+    def made(leaves):
+        nonlocal ready
+        ready, (both,) = functions.prepared([leaves])
+        return both[len(leaves) :]
+
+    def on_rank(leaves):
+        return [a[None] for a in made([a[0] for a in leaves])]
+
+    jax.eval_shape(made, leaves)
+    cuts = [leaf.sharding.spec for leaf in jax.tree.leaves(stages)]
+    on_all = PartitionSpec(AXES)
+    options = {"in_specs": (cuts,), "out_specs": on_all, "check_vma": False}
+    return ready, jax.shard_map(on_rank, mesh=execution.mesh, **options)
+
+
 def passes(
     stages: Any, model: ModelConfig, execution: Execution, length: int
 ) -> dict[str, tuple[Callable, tuple]]:
     """The passes by name, each as a function and its abstract arguments.
 
-    Functions take the stages' leaves, and what `PARTS` says with a leading axis of all devices. A
-    forward pass gives first what it keeps, and `input` what weight gradients wait for.
+    Functions take the stages' leaves, followed by what is made of them before a step, and what
+    `PARTS` says with a leading axis of all devices. A forward pass gives first what it keeps, and
+    `input` what weight gradients wait for.
 
     Args:
       stages: abstract, what `abstract_stages` gives.
@@ -74,13 +105,19 @@ def passes(
       length: tokens of a microbatch on a device.
     """
     mesh = execution.mesh
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stages)
-    functions, _ = functions_of(one, model, execution)
+    functions, prepare = with_prepared(stages, model, execution)
     hidden = jax.ShapeDtypeStruct((1, length, model.hidden_size), execution.precision.dtype)
     x = Travelling(hidden, jax.ShapeDtypeStruct((), jnp.float32))
     leaves = jax.tree.leaves(stages)
     cuts = [leaf.sharding.spec for leaf in leaves]
     on_all = PartitionSpec(AXES)
+
+    def placed(tree):
+        place = NamedSharding(mesh, on_all)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+    prepared = placed(jax.eval_shape(prepare, leaves))
+    cuts, leaves = [*cuts, *(on_all for _ in prepared)], [*leaves, *prepared]
 
     def call(part):
         def on_rank(leaves, *arguments):
@@ -95,10 +132,6 @@ def passes(
         specs = (cuts, *(on_all for _ in PARTS[part]))
         options = {"mesh": mesh, "in_specs": specs, "out_specs": on_all, "check_vma": False}
         return jax.shard_map(on_rank, **options)
-
-    def placed(tree):
-        place = NamedSharding(mesh, on_all)
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
 
     def stacked(a):
         return jax.ShapeDtypeStruct((mesh.size, *a.shape), a.dtype)
