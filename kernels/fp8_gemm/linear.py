@@ -69,7 +69,7 @@ def fp8_linear(
     for each in ws:
         _check(x, each)
     # outside of the rule for gradients: what undoes it sums a shared weight's over the devices
-    x, ws, rounded = vary_like((x, ws, known(w, rounded)), (x, ws))
+    x, ws, rounded = vary_like((x, ws, known("fp8_linear", w, rounded)), (x, ws))
     ys = _linear(x, ws, rounded, implementation)
     return ys if isinstance(w, tuple | list) else ys[0]
 
@@ -82,16 +82,33 @@ def weights(op: str, w: Any) -> tuple:
     return ws
 
 
-def known(w: Any, rounded: Any) -> list | None:
+def known(op: str, w: Any, rounded: Any) -> list | None:
     """What is known of each weight's rounding: of one, or of a tuple of some."""
     if rounded is None:
         return None
-    pairs = list(rounded) if isinstance(w, tuple | list) else [rounded]
-    shapes = [each.shape for each in weights("fp8_linear", w)]
-    found = [(w_q.shape, (*w_t.shape[:-2], w_t.shape[-1], w_t.shape[-2])) for w_q, w_t in pairs]
-    if found != [(shape, shape) for shape in shapes]:
-        raise ValueError(f"rounded={found} cannot be what round_weight makes of w={shapes}")
-    return pairs
+    pairs = rounded if isinstance(w, tuple | list) else (rounded,)
+    wanted = [_pair(each.shape) for each in weights(op, w)]
+    found = [[_shape_and_tile(q) for q in jax.tree.leaves(p, is_leaf=_is_quantized)] for p in pairs]
+    if found != wanted:
+        raise ValueError(
+            f"{op}: rounded must be what round_weight makes of w, arrays of shapes and tiles "
+            f"{wanted}, but is {found}"
+        )
+    return list(pairs)
+
+
+def _pair(shape):
+    """Shapes and tiles of what `round_weight` makes of a weight."""
+    *leading, n, k = shape
+    return [((*leading, n, k), WEIGHT_TILE), ((*leading, k, n), WEIGHT_TILE)]
+
+
+def _shape_and_tile(q):
+    return q.shape, getattr(q, "tile", None)
+
+
+def _is_quantized(leaf):
+    return isinstance(leaf, QuantizedArray)
 
 
 def _check(x, w):

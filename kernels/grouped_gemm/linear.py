@@ -64,7 +64,7 @@ def fp8_grouped_linear(
     for each in ws:
         _check(x, each)
     # outside of the rule for gradients: what undoes it sums a shared weight's over the devices
-    given = x, carrier, ws, known(w, rounded)
+    given = x, carrier, ws, known("fp8_grouped_linear", w, rounded)
     x, carrier, ws, rounded = vary_like(given, (x, ws, group_sizes))
     if quantized:
         ys = _linear_of_quantized(carrier, x, ws, rounded, group_sizes, implementation)

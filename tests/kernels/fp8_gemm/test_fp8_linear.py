@@ -94,10 +94,20 @@ def test_weights_that_were_rounded_before_give_the_same():
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_rounding_of_another_weight_is_refused():
+@pytest.mark.parametrize(
+    ("rounded", "says"),
+    [
+        (lambda w: round_weight(w[16:]), rf"but is .*\({N - 16}, {K}\), \(128, 128\)"),
+        (lambda w: round_weight(w)[::-1], rf"but is \[\[\(\({K}, {N}\)"),
+        (lambda w: round_weight(w)[0], rf"but is \[\[\(\({N}, {K}\), \(128, 128\)\)\]\]"),
+        (lambda w: (quantize(w), round_weight(w)[1]), rf"but is .*\({N}, {K}\), \(1, 128\)"),
+    ],
+    ids=["another weight", "exchanged", "one way alone", "another tile"],
+)
+def test_what_is_no_rounding_of_the_weight_is_refused(rounded, says):
     x, w, _ = draw(16)
-    with pytest.raises(ValueError, match=rf"rounded=.*{N - 16}.* of w=.*{N}"):
-        fp8_linear(x, w, rounded=round_weight(w[16:]))
+    with pytest.raises(ValueError, match=f"fp8_linear: rounded must be .*{says}"):
+        fp8_linear(x, w, rounded=rounded(w))
 
 
 def test_no_weight_at_all_is_refused():
